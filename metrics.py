@@ -1,0 +1,112 @@
+"""Scores of anomaly maps: image and pixel AUROC and AP, F1-max, AUPRO, a threshold from normals.
+
+AUPRO is written out because its definition matters; the rest is scikit-learn's. NumPy only.
+"""
+import warnings
+
+import numpy as np
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+
+def region_weights(masks: np.ndarray) -> tuple[np.ndarray, int]:
+    """1 / |region| at every anomalous pixel, 0 elsewhere, float64 like masks; and the regions' count.
+
+    masks: bool [N, H, W]. A region is 8-connected and lies within one image.
+    """
+    weights, count = np.zeros(masks.shape), 0
+    for mask, weight in zip(masks, weights):
+        regions, found = ndimage.label(mask, np.ones((3, 3)))
+        areas = np.bincount(regions.ravel(), minlength=found + 1)
+        areas[0] = 1
+        weight[mask] = (1 / areas)[regions[mask]]
+        count += found
+    return weights, count
+
+
+def pro_curve(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rate and mean overlap of the regions at every distinct threshold, from (0, 0)
+    to (1, 1).
+
+    MVTec AD's evaluation: a pixel of a region adds 1 / |region|, a normal pixel of any image, the
+    good ones included, 1 / number of normal pixels; equal scores are one point of the curve.
+    maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if there is
+    no region or no normal pixel.
+    """
+    weights, count = region_weights(masks)
+    normal = masks.size - np.count_nonzero(masks)
+    if count == 0 or normal == 0:
+        raise ValueError("AUPRO needs at least one anomalous region and one normal pixel")
+    scores = maps.ravel()
+    order = np.argsort(scores)[::-1]
+    scores = scores[order]
+    last_of_tie = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    overlap = np.cumsum(weights.ravel()[order])[last_of_tie] / count
+    false = np.cumsum(~masks.ravel()[order])[last_of_tie] / normal
+    return np.concatenate([[0.0], false, [1.0]]), np.concatenate([[0.0], overlap, [1.0]])
+
+
+def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve up to a false-positive rate of `limit`, in 0..1.
+
+    Exact: every distinct score is a threshold, the trapezoid is interpolated at the limit and the
+    area divided by it. Arguments and errors as in `pro_curve`.
+    """
+    false, overlap = pro_curve(maps, masks)
+    k = np.searchsorted(false, limit)                       # the first point at or past the limit
+    share = (limit - false[k - 1]) / (false[k] - false[k - 1])
+    at_limit = overlap[k - 1] + share * (overlap[k] - overlap[k - 1])
+    return float(np.trapezoid(np.append(overlap[:k], at_limit),
+                              np.append(false[:k], limit)) / limit)
+
+
+def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Best F1 over all thresholds, which looks at the labels: an upper bound, not a result."""
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
+
+
+def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = None,
+             masks: np.ndarray | None = None) -> dict[str, float]:
+    """All metrics of a test set, fractions in 0..1.
+
+    labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: bool [N, H, W], or None where there
+    is no ground truth. What is undefined (no defective or no good image, no masks) is NaN, with a
+    warning that names it.
+    """
+    nan, labels = float("nan"), np.asarray(labels).astype(int)
+    results = dict.fromkeys(("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap",
+                             "aupro"), nan)
+    if 0 < labels.sum() < len(labels):
+        results.update(image_auroc=float(roc_auc_score(labels, scores)),
+                       image_ap=float(average_precision_score(labels, scores)),
+                       image_f1max=f1_max(labels, scores))
+    else:
+        missing = "good" if labels.sum() else "defective"
+        warnings.warn(f"the test set has no {missing} image: image AUROC, AP and F1-max are undefined")
+    if masks is None:
+        warnings.warn("there is no ground truth: pixel AUROC, pixel AP and AUPRO are undefined")
+    elif not masks.any() or masks.all():
+        missing = "normal" if masks.any() else "anomalous"
+        warnings.warn(f"the masks have no {missing} pixel: pixel AUROC, pixel AP and AUPRO are undefined")
+    else:
+        flat, truth = maps.ravel(), masks.ravel()
+        results.update(pixel_auroc=float(roc_auc_score(truth, flat)),
+                       pixel_ap=float(average_precision_score(truth, flat)),
+                       aupro=aupro(maps, masks))
+    return results
+
+
+def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> tuple[float, float]:
+    """A threshold for image scores from normal images alone, and the false-alarm rate it promises.
+
+    The k-th largest of n held-out scores, k = floor(false_alarms (n + 1)), is exceeded by a new
+    normal image with probability k / (n + 1) on average over such samples. With too few images for
+    the rate asked for (k = 0) the largest score is taken, and the rate promised is 1 / (n + 1).
+    A score above the threshold is an alarm. Raises ValueError without scores.
+    """
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    if len(ordered) == 0:
+        raise ValueError("a threshold needs scores of normal images")
+    k = max(1, int(np.floor(false_alarms * (len(ordered) + 1) + 1e-9)))
+    return float(ordered[k - 1]), k / (len(ordered) + 1)

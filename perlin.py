@@ -1,0 +1,207 @@
+"""Synthetic anomalies (paper, section 3.3): Perlin masks, simulated guides, anomaly appearances.
+
+Everything is generated for a batch at once, as tensors on the device of the images. All random
+numbers come from a NumPy generator on the CPU, so a seed means the same on every device, and
+nothing here waits for the device or branches on its data. The readings are in the README's table.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+LATTICE = 64            # > sqrt(2) * 32 periods + 1, so that a rotated map stays on the lattice
+TEXTURAL = 0.5          # share of textural anomalies, the rest is structural (MemSeg)
+GRID = 8                # blocks per axis of a structural anomaly
+
+
+class Synthetic(NamedTuple):
+    """A batch of training targets; M and M_a [B, 1, H, W] in {0, 1}, eps [B, 3, H, W]."""
+    M: Tensor
+    M_a: Tensor
+    eps: Tensor
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.tensor(array.tolist(), dtype=torch.float32, device=device)
+
+
+# ---------------------------------------------------------------- masks
+
+def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, H: int, W: int) -> Tensor:
+    """Gradient noise of Perlin (1985) on maps of any size, [B, 1, H, W], about in [-1, 1].
+
+    gradients: [B, LATTICE, LATTICE] directions in radians; periods: [B, 2] lattice cells along the
+    height and the width, at most 32; angles: [B] rotation of the whole map in radians.
+    """
+    device = gradients.device
+    y = ((torch.arange(H, device=device) + 0.5) / H - 0.5)[None, :, None]      # [1, H, 1]
+    x = ((torch.arange(W, device=device) + 0.5) / W - 0.5)[None, None, :]      # [1, 1, W]
+    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    u = (cos * y - sin * x) * periods[:, 0, None, None] + LATTICE / 2          # [B, H, W]
+    v = (sin * y + cos * x) * periods[:, 1, None, None] + LATTICE / 2
+    u0, v0 = u.floor(), v.floor()
+    du, dv = u - u0, v - v0
+    flat = gradients.flatten(1)
+
+    def corner(i: int, j: int) -> Tensor:
+        """The gradient of one corner of each pixel's cell, dotted with the way from it."""
+        index = ((u0 + i) * LATTICE + v0 + j).long().flatten(1)
+        direction = flat.gather(1, index).view_as(u)
+        return direction.cos() * (du - i) + direction.sin() * (dv - j)
+
+    def fade(s: Tensor) -> Tensor:
+        return s ** 3 * (s * (6 * s - 15) + 10)
+
+    top = torch.lerp(corner(0, 0), corner(0, 1), fade(dv))
+    bottom = torch.lerp(corner(1, 0), corner(1, 1), fade(dv))
+    return (2 ** 0.5 * torch.lerp(top, bottom, fade(du)))[:, None]
+
+
+def random_perlin(rng: np.random.Generator, B: int, H: int, W: int, device) -> Tensor:
+    """Perlin noise of random scale, 2^{0..5} periods an axis, turned by U(-90, 90) degrees."""
+    gradients = to_device(rng.uniform(0, 2 * np.pi, (B, LATTICE, LATTICE)), device)
+    periods = to_device(2.0 ** rng.integers(0, 6, (B, 2)), device)
+    angles = to_device(rng.uniform(-np.pi / 2, np.pi / 2, B), device)
+    return perlin_noise(gradients, periods, angles, H, W)
+
+
+def anomaly_mask(noise: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
+    """M = |noise| > 0.5 inside the foreground, and the threshold that was used, [B, 1, 1, 1].
+
+    noise, foreground ({0, 1}): [B, 1, H, W]. Where nothing of the foreground exceeds 0.5 the
+    threshold is lowered to 0.9 of the largest value there, so M is empty only if the foreground is.
+    """
+    height = noise.abs() * foreground
+    threshold = (0.9 * height.amax((1, 2, 3), keepdim=True)).clamp(max=0.5)
+    return (height > threshold).float(), threshold
+
+
+def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor,
+                            case: Tensor, u: Tensor) -> Tensor:
+    """M_a, the imperfect mask of the step before: the map of M thresholded anew, [B, 1, H, W].
+
+    case: [B, 1, 1, 1] in 0..3, equally likely: 0 empty (the paper's 25 %), 1 the threshold raised
+    by the share u (a smaller mask), 2 M itself, 3 lowered by u (a larger one); u: in [0, 1).
+    """
+    height = noise.abs() * foreground
+    moved = threshold * (1 + u * ((case == 1).float() - (case == 3).float()))
+    return ((height > moved) & (case != 0)).float()
+
+
+# ---------------------------------------------------------------- appearances
+
+def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return torch.cat([TF.adjust_gamma(channel, g)
+                      for channel, g in zip(image.split(1), rng.uniform(0.5, 2, 3).tolist())])
+
+
+def brightness(image: Tensor, rng: np.random.Generator) -> Tensor:
+    factor, offset = rng.uniform(0.8, 1.2), rng.uniform(-30, 30)
+    return (image * float(factor) + float(offset)).clamp(0, 255).to(torch.uint8)
+
+
+def sharpness(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return TF.adjust_sharpness(image, float(rng.uniform(0.1, 1.9)))
+
+
+def hue_saturation(image: Tensor, rng: np.random.Generator) -> Tensor:
+    image = TF.adjust_hue(image, float(rng.uniform(-0.14, 0.14)))
+    return TF.adjust_saturation(image, float(rng.uniform(0.6, 1.4)))
+
+
+def solarize(image: Tensor, rng: np.random.Generator) -> Tensor:
+    threshold = float(rng.uniform(32, 128))
+    return TF.solarize(image, threshold) if rng.random() < 0.5 else image
+
+
+def posterize(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return TF.posterize(image, int(rng.integers(1, 8)))
+
+
+def invert(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return TF.invert(image)
+
+
+def autocontrast(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return TF.autocontrast(image)
+
+
+def equalize(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return TF.equalize(image)
+
+
+def rotate(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return TF.rotate(image, float(rng.uniform(-45, 45)))
+
+
+OPERATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert,
+              autocontrast, equalize, rotate)
+
+
+def three_operations(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Three different of the ten OPERATIONS, in random order, on one uint8 image [3, H, W]."""
+    for index in rng.choice(len(OPERATIONS), 3, replace=False):
+        image = OPERATIONS[index](image, rng)
+    return image
+
+
+def shuffle_blocks(image: Tensor, order: list[int]) -> Tensor:
+    """Cut [C, H, W] in GRID x GRID blocks and put block order[k] at place k. H, W: times GRID."""
+    C, H, W = image.shape
+    h, w = H // GRID, W // GRID
+    blocks = image.view(C, GRID, h, GRID, w).permute(1, 3, 0, 2, 4).reshape(GRID ** 2, C, h, w)
+    blocks = torch.stack([blocks[k] for k in order]).view(GRID, GRID, C, h, w)
+    return blocks.permute(2, 0, 3, 1, 4).reshape(C, H, W)
+
+
+def anomaly_appearance(image: Tensor, texture: Tensor, rng: np.random.Generator) -> Tensor:
+    """A, uint8 [3, H, W]: textural (from `texture`) or structural (from the image itself)."""
+    if rng.random() < TEXTURAL:
+        return three_operations(texture, rng)
+    return shuffle_blocks(three_operations(image, rng), rng.permutation(GRID ** 2).tolist())
+
+
+# ---------------------------------------------------------------- a training batch
+
+def scale(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 as float32 in [-1, 1] (section 4.3)."""
+    return images.float() / 127.5 - 1
+
+
+def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Tensor,
+               rng: np.random.Generator) -> Synthetic:
+    """Anomalies for the first half of a batch; the second half stays normal (section 4.3).
+
+    images: uint8 [B, 3, H, W]; foreground: [B, 1, H, W] in {0, 1}; textures: uint8
+    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, whose guide is empty as it is
+    when the restoration starts. H and W must be multiples of 8.
+    """
+    B, _, H, W = images.shape
+    half, device = (B + 1) // 2, images.device
+    noise = random_perlin(rng, half, H, W, device)
+    M, threshold = anomaly_mask(noise, foreground[:half])
+    case = to_device(rng.integers(0, 4, (half, 1, 1, 1)), device)
+    u = to_device(rng.random((half, 1, 1, 1)), device)
+    M_a = simulated_previous_mask(noise, foreground[:half], threshold, case, u)
+    M_a = M_a * (~opaque[:half, None, None, None])
+    A = torch.stack([anomaly_appearance(image, texture, rng)
+                     for image, texture in zip(images[:half], textures)])
+    eps = scale(A) * M
+    clean = (0, 0, 0, 0, 0, 0, 0, B - half)                    # pads the batch dimension with zeros
+    return Synthetic(*(torch.nn.functional.pad(part, clean) for part in (M, M_a, eps)))
+
+
+def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.random.Generator,
+                 p: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Rotation augmentation (section 4.3): each sample with probability p by U(-degrees, degrees).
+
+    Nearest neighbour, black outside; the foreground turns along. Done before anomalies are laid
+    over, so x_t, x, eps, M and the guide all see the same rotation.
+    """
+    turn, angle = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
+    pairs = [(TF.rotate(image, float(a)), TF.rotate(mask, float(a))) if chosen else (image, mask)
+             for image, mask, chosen, a in zip(images, foreground, turn, angle)]
+    images, foreground = zip(*pairs)
+    return torch.stack(images), torch.stack(foreground)

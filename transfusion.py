@@ -1,0 +1,474 @@
+"""TransFusion: the paper's Eq. 1-11, the network they train and the restoration they run.
+
+Read it beside the paper (Fučka, Zavrtanik, Skočaj, ECCV 2024): section 3.1 is the transparency
+process, 3.2 the network and the losses, 3.4 the reverse process. No files and no data in here.
+
+Symbols are the paper's. Tensors are [B, C, H, W]; images lie in [-1, 1]; M is a mask in {0, 1},
+M_t a predicted mask in [0, 1]; t counts from T (opaque anomaly) down to 0 (normal appearance).
+"""
+import math
+from typing import Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+
+# ---------------------------------------------------------------- section 3.1: the process
+
+def compose(N: Tensor, A: Tensor, M: Tensor, beta: float | Tensor) -> Tensor:
+    """Eq. 1: I = (1 - M) * N + beta (M * A) + (1 - beta) (M * N).
+
+    N, A: [B, 3, H, W] normal and anomaly appearance; M: [B, 1, H, W] in {0, 1};
+    beta: opacity of the anomaly in [0, 1], a number or [B, 1, 1, 1]. Returns [B, 3, H, W].
+    """
+    return (1 - M) * N + beta * (M * A) + (1 - beta) * (M * N)
+
+
+def forward_process(n_t: Tensor, eps_t: Tensor, M_t: Tensor, beta_t: float | Tensor) -> Tensor:
+    """Eq. 2: x_t is Eq. 1 with N = n_t, A = eps_t, M = M_t and beta = beta_t.
+
+    Eq. 3 is the same function at step t - 1. Shapes as in `compose`.
+    """
+    return compose(n_t, eps_t, M_t, beta_t)
+
+
+def reverse_step(x_t: Tensor, M_t: Tensor, eps_t: Tensor, n_t: Tensor,
+                 beta_t: float | Tensor, beta_s: float | Tensor) -> Tensor:
+    """Eq. 4: x_s = x_t - (beta_t - beta_s) (M_t * eps_t) + (beta_t - beta_s) (M_t * n_t).
+
+    The paper writes s = t - 1; the step holds for any beta_s < beta_t. x_t, eps_t, n_t:
+    [B, 3, H, W]; M_t: [B, 1, H, W]; betas: numbers or [B, 1, 1, 1]. Returns x_s [B, 3, H, W].
+    """
+    d_beta = beta_t - beta_s
+    return x_t - d_beta * (M_t * eps_t) + d_beta * (M_t * n_t)
+
+
+def transparency_schedule(T: int, kind: str = "linear", authors: bool = False) -> Tensor:
+    """Opacities beta_0 = 0 < ... < beta_last = 1 (section 3.1; kinds: section 4.6, Table 4).
+
+    kind: "linear", "quadratic" (u^2) or "root" (sqrt u), u evenly spaced on [0, 1]. The paper has
+    T transitions, so T + 1 values; the authors' code has T values. Computed in float64, returned
+    as float32. Raises ValueError for a T that leaves no transition or for an unknown kind.
+    """
+    values = T if authors else T + 1
+    if values < 2 or T < 1:
+        raise ValueError(f"T = {T} leaves no step to walk: T must be at least {2 if authors else 1}")
+    u = torch.linspace(0, 1, values, dtype=torch.float64)
+    if kind not in ("linear", "quadratic", "root"):
+        raise ValueError(f"unknown schedule {kind!r}: linear, quadratic or root")
+    return {"linear": u, "quadratic": u ** 2, "root": u.sqrt()}[kind].float()
+
+
+# ---------------------------------------------------------------- section 3.2: the network
+
+def positional_encoding(H: int, W: int, kind: str, device=None) -> Tensor:
+    """PE of section 3.2 [1, channels, H, W]; the channels for each kind are in PE_CHANNELS.
+
+    "2d": sin and cos of the row index at the four frequencies 10000^(-k/4), k = 0..3, then of the
+    column index (the paper's reference 34). "row": sin(row index), the authors' one channel.
+    """
+    rows = torch.arange(H, device=device, dtype=torch.float32)
+    if kind == "row":
+        return rows.sin()[None, None, :, None].expand(1, 1, H, W)
+    frequencies = 10000.0 ** (-torch.arange(4, device=device, dtype=torch.float32) / 4)
+
+    def waves(index: Tensor) -> Tensor:                                       # [8, len(index)]
+        angle = frequencies[:, None] * index
+        return torch.cat([angle.sin(), angle.cos()])
+
+    columns = torch.arange(W, device=device, dtype=torch.float32)
+    return torch.cat([waves(rows)[:, :, None].expand(8, H, W),
+                      waves(columns)[:, None, :].expand(8, H, W)])[None]      # [1, 16, H, W]
+
+
+PE_CHANNELS = {"2d": 16, "row": 1, "none": 0}
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+class TimeEmbedding(nn.Module):
+    """Integer step t [B] -> [B, 4 channels]: sinusoids through two linear layers."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half = channels // 2
+        frequencies = torch.exp(-torch.arange(half) * (math.log(10000) / (half - 1)))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t[:, None].float() * self.frequencies                          # [B, channels / 2]
+        return self.linear_2(F.silu(self.linear_1(torch.cat([angle.sin(), angle.cos()], 1))))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm - SiLU - conv twice, the time embedding added in between, and a shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, c_time: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb = nn.Linear(c_time, c_out)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb(time)[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(h))) + self.shortcut(x)
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all pixels, added to its input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.projection = nn.Linear(channels, 3 * channels)
+        self.output = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        pixels = x.flatten(2).transpose(1, 2)                                  # (B, H W, C)
+        q, k, v = self.projection(pixels)[:, None].chunk(3, dim=-1)            # (B, 1, H W, C) each
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]                  # (B, H W, C)
+        return x + self.output(mixed).transpose(1, 2).view(B, C, H, W)
+
+
+class Block(nn.Module):
+    """A residual block, followed by attention where `attention` is set."""
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, attention: bool):
+        super().__init__()
+        self.res = ResidualBlock(c_in, c_out, c_time)
+        self.attn = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.attn(self.res(x, time))
+
+
+class Resample(nn.Module):
+    """Halves the resolution (3x3 conv of stride 2) or doubles it (4x4 transposed conv)."""
+
+    def __init__(self, channels: int, up: bool):
+        super().__init__()
+        self.conv = (nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) if up
+                     else nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, c_time: int):
+        super().__init__()
+        self.res1 = ResidualBlock(channels, channels, c_time)
+        self.attn = Attention(channels)
+        self.res2 = ResidualBlock(channels, channels, c_time)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.res2(self.attn(self.res1(x, time)), time)
+
+
+class ResUNet(nn.Module):
+    """The network of section 3.2: x_t, the guide M_a, PE and t in; eps_t, n_t and M_t's logit out.
+
+    Four levels of width 1, 2, 4, 8 x `channels`, two residual blocks each on the way down and three
+    on the way up, attention at the two lowest resolutions: 54.6 M parameters at 64 channels.
+
+    pe: a key of PE_CHANNELS; guide: whether the network sees the previous mask estimate
+    (Table 4's ablations take either channel out of it).
+    """
+
+    def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True):
+        super().__init__()
+        self.pe, self.guide = pe, guide
+        widths = [channels, 2 * channels, 4 * channels, 8 * channels]
+        c_time = 4 * channels
+        self.image_proj = nn.Conv2d(3 + guide + PE_CHANNELS[pe], channels, 3, padding=1)
+        self.time_emb = TimeEmbedding(channels)
+
+        self.down, skips, c = nn.ModuleList(), [channels], channels
+        for level, width in enumerate(widths):
+            for _ in range(2):
+                self.down.append(Block(c, width, c_time, attention=level >= 2))
+                c = width
+                skips.append(c)
+            if level < 3:
+                self.down.append(Resample(c, up=False))
+                skips.append(c)
+
+        self.middle = Middle(c, c_time)
+
+        self.up = nn.ModuleList()
+        for level in (3, 2, 1, 0):
+            for width in (widths[level], widths[level], widths[max(level - 1, 0)]):
+                self.up.append(Block(c + skips.pop(), width, c_time, attention=level >= 2))
+                c = width
+            if level > 0:
+                self.up.append(Resample(c, up=True))
+
+        def conv(c_out: int) -> nn.Conv2d:
+            return nn.Conv2d(c, c_out, 3, padding=1)
+
+        self.anomaly_head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), conv(3))
+        self.normal_head = conv(3)
+        self.mask_head = nn.Sequential(nn.BatchNorm2d(c), nn.SiLU(), conv(1))
+
+    def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t [B, 3, H, W] in [-1, 1]; M_a [B, 1, H, W] in {0, 1}; t [B] integer steps.
+
+        H and W must be multiples of 8. Returns eps_t and n_t, [B, 3, H, W] around [-1, 1], and the
+        logit of M_t, [B, 1, H, W], all in float32 whatever autocast is on.
+        """
+        B, _, H, W = x_t.shape
+        inputs = [x_t]
+        if self.guide:
+            inputs.append(M_a)
+        if self.pe != "none":
+            inputs.append(positional_encoding(H, W, self.pe, x_t.device).expand(B, -1, H, W))
+        h = self.image_proj(torch.cat(inputs, 1))
+        time = self.time_emb(t)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, time)
+            skips.append(h)
+        h = self.middle(h, time)
+        for layer in self.up:
+            h = layer(h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], 1), time)
+        return self.anomaly_head(h).float(), self.normal_head(h).float(), self.mask_head(h).float()
+
+
+class TransFusion(nn.Module):
+    """The network with its transparency schedule, and the few readings the paper leaves open.
+
+    T, schedule: section 4.3 and Table 4. authors_schedule: T values instead of T + 1, and the
+    restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
+    head predicts, "eps" (Eq. 7) or "beta_eps", beta_t * eps. soft_consistency: Eq. 8 uses the
+    predicted M_t with its gradient; if false, M_t > 0.5. bf16: run the network, not the losses,
+    under bfloat16 autocast. Buffer `beta`: [last step + 1] float32.
+    """
+
+    def __init__(self, channels: int = 64, T: int = 20, schedule: str = "linear", pe: str = "2d",
+                 guide: bool = True, authors_schedule: bool = False, anomaly_target: str = "eps",
+                 soft_consistency: bool = True, bf16: bool = False):
+        super().__init__()
+        self.net = ResUNet(channels, pe, guide)
+        self.bf16 = bf16
+        self.register_buffer("beta", transparency_schedule(T, schedule, authors_schedule), False)
+        self.authors_schedule, self.anomaly_target = authors_schedule, anomaly_target
+        self.soft_consistency = soft_consistency
+
+    @property
+    def last_step(self) -> int:
+        """The step of the opaque anomaly: T, or T - 1 in the authors' schedule."""
+        return len(self.beta) - 1
+
+    @property
+    def first_restoration_step(self) -> int:
+        """The step at which the restoration starts: T, or T - 2 in the authors' code."""
+        return self.last_step - self.authors_schedule
+
+    def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's three heads, as they are; see ResUNet.forward."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.net(x_t, M_a, t)
+
+    def predict(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """eps_t, n_t and M_t's logit for integer steps t [B], the anomaly head undone to eps."""
+        eps_t, n_t, logit = self(x_t, M_a, t)
+        if self.anomaly_target == "beta_eps":
+            eps_t = eps_t / self.beta[t][:, None, None, None]
+        return eps_t, n_t, logit
+
+    # ------------------------------------------------------------ training
+
+    def losses(self, x: Tensor, eps: Tensor, M: Tensor, M_a: Tensor, t: Tensor,
+               drop: str = "") -> dict[str, Tensor]:
+        """One training pass: the loss of Eq. 9 and each of its terms, by name.
+
+        x, eps: [B, 3, H, W] normal and anomaly appearance, eps zero outside M; M, M_a:
+        [B, 1, H, W] in {0, 1}; t: [B] integers in 1..last_step. `drop`: letters of the terms left
+        out of the sum (Table 4), of "nmac". Returns {"loss", "n", "m", "a", "c"}, each a scalar.
+        """
+        beta_t, beta_s = self.beta[t][:, None, None, None], self.beta[t - 1][:, None, None, None]
+        x_t = forward_process(x, eps, M, beta_t)                               # Eq. 2
+        x_s = forward_process(x, eps, M, beta_s)                               # Eq. 3
+        head, n_t, logit = self(x_t, M_a, t)
+        scale = beta_t if self.anomaly_target == "beta_eps" else 1.0
+        M_t = logit.sigmoid() if self.soft_consistency else (logit > 0).float()
+        terms = {"n": normal_loss(n_t, x), "m": mask_loss(logit, M),
+                 "a": anomaly_loss(head, scale * eps),
+                 "c": consistency_loss(x_t, M_t, head / scale, n_t, beta_t, beta_s, x_s)}
+        return {"loss": total_loss(**{k: v for k, v in terms.items() if k not in drop}), **terms}
+
+    # ------------------------------------------------------------ section 3.4: inference
+
+    def steps(self, infer_steps: int = 0) -> list[int]:
+        """The steps visited: t_k = round(first - k first / K), k = 0..K; 0 means all of them.
+
+        Raises ValueError if there are more steps than the schedule has.
+        """
+        first = self.first_restoration_step
+        K = infer_steps or first
+        if not 1 <= K <= first:
+            raise ValueError(f"{K} inference steps asked for, the schedule has 1 to {first}")
+        return [round(first - k * first / K) for k in range(K + 1)]
+
+    @torch.no_grad()
+    def reverse_process(self, x: Tensor, infer_steps: int = 0) -> Iterator["Step"]:
+        """Walk from the image x [B, 3, H, W] to its restoration x_0, yielding every step.
+
+        The guide is zero at first, then the previous step's binary mask; Eq. 4 uses M_t > 0.5.
+        """
+        path = self.steps(infer_steps)
+        x_t, guide = x, torch.zeros_like(x[:, :1])
+        for t, s in zip(path, path[1:]):
+            eps_t, n_t, logit = self.predict(x_t, guide, torch.full((len(x),), t, device=x.device))
+            guide = (logit > 0).float()                                        # sigmoid > 0.5
+            x_s = reverse_step(x_t, guide, eps_t, n_t, self.beta[t], self.beta[s])
+            yield Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_s)
+            x_t = x_s
+
+    def restore(self, x: Tensor, infer_steps: int = 0) -> "Restoration":
+        """x_0 and the maps that Eq. 10 wants, for a batch of images x [B, 3, H, W] in [-1, 1]."""
+        M_sum, calls = torch.zeros_like(x[:, :1]), 0
+        for step in self.reverse_process(x, infer_steps):
+            M_sum += step.M_t
+            calls += 1
+        M_disc = M_sum / (calls + self.authors_schedule)
+        return Restoration(step.x_s, M_disc, reconstruction_error(x, step.x_s), step.M_t)
+
+
+class Step(NamedTuple):
+    """One step of the restoration: all [B, C, H, W], M_t in [0, 1]."""
+    t: int
+    x_t: Tensor
+    M_t: Tensor
+    eps_t: Tensor
+    n_t: Tensor
+    x_s: Tensor
+
+
+class Restoration(NamedTuple):
+    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1]."""
+    x_0: Tensor
+    M_disc: Tensor
+    M_recon: Tensor
+    M_last: Tensor
+
+
+# ---------------------------------------------------------------- Eq. 5-9: the losses
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean structural similarity (Wang et al. 2004) of two [B, C, H, W] images in [-1, 1].
+
+    11 x 11 Gaussian window of sigma 1.5, dynamic range 2, over windows inside the image.
+    Returns a scalar in [-1, 1], 1 for equal images.
+    """
+    offsets = torch.arange(11, device=a.device, dtype=a.dtype) - 5
+    window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
+    window = window / window.sum()
+    C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+
+    stack = torch.cat([a, b, a * a, b * b, a * b], 1)                          # [B, 5 C, H, W]
+    channels = stack.shape[1]
+    stack = F.conv2d(stack, window.view(1, 1, 11, 1).expand(channels, 1, 11, 1), groups=channels)
+    stack = F.conv2d(stack, window.view(1, 1, 1, 11).expand(channels, 1, 1, 11), groups=channels)
+    mu_a, mu_b, aa, bb, ab = stack.chunk(5, 1)
+    var_a, var_b, cov = aa - mu_a ** 2, bb - mu_b ** 2, ab - mu_a * mu_b
+    similarity = ((2 * mu_a * mu_b + C1) * (2 * cov + C2)
+                  / ((mu_a ** 2 + mu_b ** 2 + C1) * (var_a + var_b + C2)))
+    return similarity.mean()
+
+
+def normal_loss(n_t: Tensor, x: Tensor) -> Tensor:
+    """Eq. 5: L_n = (1 - SSIM(n_t, x)) + L1(n_t, x); the paper's SSIM stands for the SSIM loss."""
+    return (1 - ssim(n_t, x)) + F.l1_loss(n_t, x)
+
+
+def mask_loss(logit: Tensor, M: Tensor, alpha: float = 5.0) -> Tensor:
+    """Eq. 6: L_m = alpha L_focal(M_t, M) + L_smooth1(M_t, M), M_t = sigmoid(logit).
+
+    The focal loss (its own alpha 0.25, gamma 2) is computed from the logit [B, 1, H, W].
+    """
+    return (alpha * sigmoid_focal_loss(logit, M, alpha=0.25, gamma=2, reduction="mean")
+            + F.smooth_l1_loss(logit.sigmoid(), M))
+
+
+def anomaly_loss(eps_t: Tensor, eps: Tensor) -> Tensor:
+    """Eq. 7: L_a = L2(eps_t, eps), the mean squared error; eps is zero outside M."""
+    return F.mse_loss(eps_t, eps)
+
+
+def consistency_loss(x_t: Tensor, M_t: Tensor, eps_t: Tensor, n_t: Tensor, beta_t: Tensor,
+                     beta_s: Tensor, x_s: Tensor) -> Tensor:
+    """Eq. 8: L_c = L2(x_{t-1}, x~_{t-1}): Eq. 4 on the predictions against the true x_s."""
+    return F.mse_loss(reverse_step(x_t, M_t, eps_t, n_t, beta_t, beta_s), x_s)
+
+
+def total_loss(**terms: Tensor) -> Tensor:
+    """Eq. 9: L = L_n + L_m + L_a + L_c."""
+    return sum(terms.values())
+
+
+# ---------------------------------------------------------------- Eq. 10, 11: map and score
+
+def reconstruction_error(x: Tensor, x_0: Tensor) -> Tensor:
+    """M_recon [B, 1, H, W]: mean over channels of (x - x_0)^2, both in [0, 1], x_0 clipped."""
+    return ((x - x_0.clamp(-1, 1)) / 2).square().mean(1, keepdim=True)
+
+
+def final_mask(M_disc: Tensor, M_recon: Tensor, lam: float = 0.95, n: int = 7) -> Tensor:
+    """Eq. 10: M_final = (lam M_disc + (1 - lam) M_recon) * f_n, maps [B, 1, H, W].
+
+    f_n is the n x n mean filter, zeros outside the image. Raises ValueError for an even n.
+    """
+    if n < 1 or n % 2 == 0:
+        raise ValueError(f"mean filter of size {n}: its size must be odd and positive")
+    blend = lam * M_disc + (1 - lam) * M_recon
+    return F.avg_pool2d(blend, n, stride=1, padding=n // 2, count_include_pad=True)
+
+
+def anomaly_score(M_final: Tensor) -> Tensor:
+    """Eq. 11: AS = max(M_final), one number per image, [B]."""
+    return M_final.flatten(1).amax(1)
+
+
+# ---------------------------------------------------------------- the authors' checkpoints
+
+# Our name of a head's parameter -> theirs; the trunk's names are the same, behind "model.".
+AUTHORS_HEADS = {"anomaly_head.0.": "norm.", "anomaly_head.2.": "final.",
+                 "normal_head.": "final_mean.", "mask_head.0.": "final_seg.norm.",
+                 "mask_head.2.": "final_seg.conv."}
+
+
+def authors_name(name: str) -> str:
+    """Name of a ResUNet parameter in a state dict of the authors' format."""
+    for ours, theirs in AUTHORS_HEADS.items():
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+    return "model." + name
+
+
+def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
+    """Copy a state dict in the authors' format into `model` (which the authors' settings built).
+
+    Raises ValueError that names every key missing, left over or of another shape; the model is
+    not touched then.
+    """
+    ours = model.net.state_dict()
+    theirs = {k: v for k, v in state.items() if not k.endswith("inv_freq")}
+    names = {name: authors_name(name) for name in ours}
+    missing = sorted(set(names.values()) - set(theirs))
+    extra = sorted(set(theirs) - set(names.values()))
+    shapes = [f"{k} is {list(theirs[k].shape)}, not {list(ours[name].shape)}"
+              for name, k in names.items() if k in theirs and theirs[k].shape != ours[name].shape]
+    problems = [f"{title}: {', '.join(found)}" for title, found in
+                (("missing", missing), ("not known", extra), ("of another shape", shapes)) if found]
+    if problems:
+        raise ValueError("the weights do not fit the network; " + "; ".join(problems))
+    model.net.load_state_dict({name: theirs[k] for name, k in names.items()})
