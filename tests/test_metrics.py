@@ -1,0 +1,161 @@
+"""Metrics against brute force, by the definition, one threshold at a time."""
+import warnings
+
+import numpy as np
+import pytest
+
+import metrics
+
+
+def regions_of(mask):
+    """8-connected regions by flood fill."""
+    left = {tuple(p) for p in np.argwhere(mask)}
+    regions = []
+    while left:
+        region, todo = set(), [left.pop()]
+        while todo:
+            y, x = todo.pop()
+            region.add((y, x))
+            for near in [(y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]:
+                if near in left:
+                    left.remove(near)
+                    todo.append(near)
+        regions.append(sorted(region))
+    return regions
+
+
+def aupro_brute_force(maps, masks, limit):
+    regions = [(k, r) for k, mask in enumerate(masks) for r in regions_of(mask)]
+    points = [(0.0, 0.0)]
+    for threshold in sorted(set(maps.ravel().tolist()), reverse=True):
+        hit = maps >= threshold
+        overlap = np.mean([np.mean([hit[k][p] for p in r]) for k, r in regions])
+        points.append((hit[~masks].mean(), overlap))
+    points.append((1.0, 1.0))
+    area = 0.0
+    for (f0, p0), (f1, p1) in zip(points, points[1:]):
+        if f0 >= limit:
+            break
+        if f1 > limit:
+            f1, p1 = limit, p0 + (p1 - p0) * (limit - f0) / (f1 - f0)
+        area += (f1 - f0) * (p0 + p1) / 2
+    return area / limit
+
+
+def random_case(seed, levels):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((4, 9, 11)) < 0.15
+    masks[3] = False                                                # a good image counts too
+    masks[0, 2:4, 2:4] = masks[0, 4, 4] = True                      # touching at a corner only
+    maps = rng.random((4, 9, 11)) + 0.3 * masks
+    return (np.round(maps * levels) if levels else maps), masks
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("levels", [0, 2, 5, 20])                    # 0: no ties
+@pytest.mark.parametrize("seed", range(4))
+def test_aupro_against_brute_force(seed, levels, limit):
+    maps, masks = random_case(seed, levels)
+    assert metrics.aupro(maps, masks, limit) == pytest.approx(
+        aupro_brute_force(maps, masks, limit), abs=1e-12)
+
+
+def test_aupro_of_known_maps():
+    masks = np.zeros((2, 10, 10), bool)
+    masks[0, :2, :2] = masks[0, 5:, 5:] = True
+    assert metrics.aupro(masks.astype(float), masks) == pytest.approx(1)
+    assert metrics.aupro(np.zeros(masks.shape), masks) == pytest.approx(0.15)   # one point: (1, 1)
+    small_only = np.zeros(masks.shape)
+    small_only[0, :2, :2] = 1                   # overlap 1/2 at no false alarm, then to (1, 1)
+    assert metrics.aupro(small_only, masks) == pytest.approx(0.5 + 0.5 * 0.3 / 2)
+
+
+def test_a_jump_at_the_limit_itself_does_not_count():
+    maps = np.array([[[3.0, 3, 3, 2, 1, 1, 1, 1, 1, 1, 1]]])
+    masks = np.array([[[False] * 3 + [True] + [False] * 7]])
+    assert metrics.aupro(maps, masks, 0.3) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("levels", [0, 5])
+def test_a_monotone_rescaling_does_not_move_aupro(levels):
+    maps, masks = random_case(0, levels)
+    before = metrics.aupro(maps, masks)
+    for change in (np.sqrt, lambda m: m ** 9, lambda m: 1e-6 * m, lambda m: np.exp(5 * m)):
+        assert metrics.aupro(change(maps.astype(np.float64)), masks) == pytest.approx(before,
+                                                                                      abs=1e-12)
+
+
+def test_regions_do_not_join_across_images():
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, 3, :2] = masks[1, 0, 0] = True
+    weights, count = metrics.region_weights(masks)
+    assert count == 2 and weights[0, 3, 0] == 0.5 and weights[1, 0, 0] == 1
+
+
+def test_evaluate_against_pairs():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 6 + [1] * 9)
+    scores = np.round(rng.random(15) + 0.4 * labels, 1)
+    masks = (rng.random((15, 5, 5)) < 0.2) & (labels[:, None, None] == 1)
+    maps = np.round(rng.random((15, 5, 5)) + 0.4 * masks, 1)
+    found = metrics.evaluate(labels, scores, maps, masks)
+
+    def auroc(truth, values):
+        return np.mean([(p > q) + 0.5 * (p == q) for p in values[truth] for q in values[~truth]])
+
+    assert found["image_auroc"] == pytest.approx(auroc(labels == 1, scores))
+    assert found["pixel_auroc"] == pytest.approx(auroc(masks.ravel(), maps.ravel()))
+    assert found["aupro"] == pytest.approx(aupro_brute_force(maps, masks, 0.3))
+    best = max(2 * ((scores >= s) & (labels == 1)).sum() / ((scores >= s).sum() + 9)
+               for s in scores)
+    assert found["image_f1max"] == pytest.approx(best)
+    precision = [((scores >= s) & (labels == 1)).sum() / (scores >= s).sum()
+                 for s in sorted(set(scores), reverse=True)]
+    recall = [0] + [((scores >= s) & (labels == 1)).sum() / 9
+                    for s in sorted(set(scores), reverse=True)]
+    assert found["image_ap"] == pytest.approx(np.sum(np.diff(recall) * precision))
+
+
+@pytest.mark.parametrize("label, missing", [(0, "defective"), (1, "good")])
+def test_a_one_sided_test_set_gives_nan_and_the_rest(label, missing):
+    masks = np.zeros((3, 4, 4), bool)
+    masks[:, 1, 1] = bool(label)
+    with pytest.warns(UserWarning, match=f"no {missing} image"):
+        found = metrics.evaluate(np.full(3, label), np.arange(3.0), masks + 0.0, masks)
+    assert np.isnan(found["image_auroc"]) and np.isnan(found["image_f1max"])
+    assert np.isnan(found["aupro"]) == (label == 0)
+    if label:
+        assert found["aupro"] == pytest.approx(1)
+
+
+def test_no_ground_truth_leaves_the_image_metrics():
+    with pytest.warns(UserWarning, match="no ground truth"):
+        found = metrics.evaluate(np.array([0, 1]), np.array([0.1, 0.9]))
+    assert found["image_auroc"] == 1 and np.isnan(found["aupro"])
+
+
+def test_a_complete_test_set_gives_no_warning():
+    maps, masks = random_case(0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.evaluate(masks.any((1, 2)), maps.max((1, 2)), maps, masks)
+
+
+@pytest.mark.parametrize("n, asked, rank, promised", [(99, 0.05, 5, 0.05), (19, 0.05, 1, 0.05),
+                                                      (10, 0.05, 1, 1 / 11), (1, 0.5, 1, 0.5)])
+def test_threshold_from_normal_scores(n, asked, rank, promised):
+    scores = np.random.default_rng(0).permutation(n).astype(float)
+    threshold, rate = metrics.normal_threshold(scores, asked)
+    assert threshold == n - rank and rate == pytest.approx(promised)
+
+
+def test_threshold_keeps_its_promise_on_average():
+    rng = np.random.default_rng(0)
+    alarms = [np.mean(rng.normal(size=200) > metrics.normal_threshold(rng.normal(size=39), 0.1)[0])
+              for _ in range(2000)]
+    assert np.mean(alarms) == pytest.approx(0.1, abs=0.005)
+
+
+def test_threshold_needs_scores():
+    with pytest.raises(ValueError, match="normal images"):
+        metrics.normal_threshold([])

@@ -1,0 +1,170 @@
+"""Synthetic anomalies: the noise, the masks, the guides, the appearances, a whole batch."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import perlin
+
+
+def perlin_loop(gradients, periods, angle, H, W):
+    """Perlin's noise pixel by pixel: corners' gradients dotted with the way from them, blended."""
+    L, out = perlin.LATTICE, np.empty((H, W))
+    for i, j in np.ndindex(H, W):
+        y, x = (i + 0.5) / H - 0.5, (j + 0.5) / W - 0.5
+        u = (math.cos(angle) * y - math.sin(angle) * x) * periods[0] + L / 2
+        v = (math.sin(angle) * y + math.cos(angle) * x) * periods[1] + L / 2
+        total = 0
+        for a in (math.floor(u), math.floor(u) + 1):
+            for b in (math.floor(v), math.floor(v) + 1):
+                g, du, dv = gradients[a, b], u - a, v - b
+                weight = math.prod(1 - abs(d) ** 3 * (6 * d * d - 15 * abs(d) + 10)
+                                   for d in (du, dv))
+                total += weight * (math.cos(g) * du + math.sin(g) * dv)
+        out[i, j] = math.sqrt(2) * total
+    return out
+
+
+@pytest.mark.parametrize("H, W", [(8, 8), (13, 10)])
+def test_noise_against_a_loop(H, W):
+    rng = np.random.default_rng(0)
+    gradients = rng.uniform(0, 2 * np.pi, (2, perlin.LATTICE, perlin.LATTICE))
+    periods, angles = np.array([[1, 4], [32, 2]]), np.array([0.0, 1.1])
+    got = perlin.perlin_noise(*(torch.tensor(v).float() for v in (gradients, periods, angles)),
+                              H, W)
+    assert got.shape == (2, 1, H, W)
+    for k in range(2):
+        want = perlin_loop(gradients[k], periods[k], angles[k], H, W)
+        assert np.allclose(got[k, 0].numpy(), want, atol=1e-4)
+
+
+def test_noise_has_the_scale_it_is_asked_for():
+    rng = np.random.default_rng(0)
+    gradients = torch.tensor(rng.uniform(0, 6.28, (1, perlin.LATTICE, perlin.LATTICE))).float()
+    noise = [perlin.perlin_noise(gradients, torch.tensor([[p, p]]), torch.zeros(1), 128, 128)
+             for p in (1, 32)]
+    rough = [float(n.diff(dim=-1).abs().mean()) for n in noise]
+    assert rough[1] > 8 * rough[0]
+    many = perlin.random_perlin(rng, 200, 32, 48, "cpu")
+    assert many.shape == (200, 1, 32, 48) and float(many.abs().max()) <= 1.0
+    assert abs(float(many.mean())) < 0.03 and 0.05 < float((many.abs() > 0.5).float().mean()) < 0.2
+
+
+def test_mask_lies_in_the_foreground_and_is_never_empty():
+    rng = np.random.default_rng(0)
+    noise = perlin.random_perlin(rng, 300, 32, 32, "cpu")
+    foreground = torch.zeros(300, 1, 32, 32)
+    foreground[:, :, 14:18, 10:20] = 1
+    M, threshold = perlin.anomaly_mask(noise, foreground)
+    assert set(M.unique().tolist()) == {0.0, 1.0} and not (M * (1 - foreground)).any()
+    assert (M.sum((1, 2, 3)) > 0).all()
+    assert float(threshold.max()) == 0.5 and float(threshold.min()) < 0.5
+    usual = threshold.flatten() == 0.5
+    assert torch.equal(M[usual], ((noise.abs() > 0.5) * foreground)[usual])
+    assert not perlin.anomaly_mask(noise, 0 * foreground)[0].any()
+
+
+def test_the_four_simulated_previous_masks():
+    rng = np.random.default_rng(0)
+    noise = perlin.random_perlin(rng, 1, 64, 64, "cpu").expand(4, 1, 64, 64)
+    foreground = torch.ones(4, 1, 64, 64)
+    M, threshold = perlin.anomaly_mask(noise, foreground)
+    case, u = torch.arange(4.0).view(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.4)
+    empty, smaller, exact, larger = perlin.simulated_previous_mask(noise, foreground, threshold,
+                                                                   case, u)
+    assert not empty.any() and torch.equal(exact, M[2])
+    assert torch.equal(smaller, (noise[0].abs() > 0.7).float())
+    assert torch.equal(larger, (noise[0].abs() > 0.3).float())
+    assert 0 < smaller.sum() < exact.sum() < larger.sum()
+
+
+def test_block_shuffle_is_a_permutation_of_blocks():
+    image = torch.arange(3 * 16 * 24).view(3, 16, 24)
+    assert torch.equal(perlin.shuffle_blocks(image, list(range(64))), image)
+    shuffled = perlin.shuffle_blocks(image, [63] + list(range(63)))
+    assert torch.equal(shuffled[:, :2, :3], image[:, 14:, 21:])
+    assert torch.equal(shuffled[:, :2, 3:6], image[:, :2, :3])
+    assert torch.equal(shuffled.flatten().sort().values, image.flatten())
+
+
+@pytest.mark.parametrize("operation", perlin.OPERATIONS, ids=lambda f: f.__name__)
+def test_operations_change_images_and_keep_their_kind(operation):
+    image = torch.randint(30, 200, (3, 24, 32), generator=torch.Generator().manual_seed(0),
+                          dtype=torch.uint8)
+    rng = np.random.default_rng(0)
+    results = [operation(image, rng) for _ in range(6)]
+    assert all(r.shape == image.shape and r.dtype == torch.uint8 for r in results)
+    assert any(not torch.equal(r, image) for r in results)
+
+
+def test_there_are_ten_operations_and_three_different_ones_are_used(monkeypatch):
+    used = []
+    fakes = tuple(lambda image, rng, k=k: used.append(k) or image for k in range(10))
+    assert len(perlin.OPERATIONS) == 10
+    monkeypatch.setattr(perlin, "OPERATIONS", fakes)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        used.clear()
+        perlin.three_operations(torch.zeros(1), rng)
+        assert len(used) == len(set(used)) == 3
+
+
+def make(seed=0, B=8, S=64, opaque=False, fill=200):
+    images = torch.randint(0, 256, (B, 3, S, S), generator=torch.Generator().manual_seed(1),
+                           dtype=torch.uint8)
+    foreground = torch.zeros(B, 1, S, S)
+    foreground[..., 8:56, 8:56] = 1
+    textures = torch.full(((B + 1) // 2, 3, S, S), fill, dtype=torch.uint8)
+    return images, perlin.synthesize(images, foreground, textures,
+                                     torch.full((B,), opaque), np.random.default_rng(seed))
+
+
+def test_a_batch_is_half_anomalous():
+    _, made = make()
+    assert made.M.shape == made.M_a.shape == (8, 1, 64, 64) and made.eps.shape == (8, 3, 64, 64)
+    assert (made.M[:4].sum((1, 2, 3)) > 0).all()
+    assert not made.M[4:].any() and not made.M_a[4:].any() and not made.eps[4:].any()
+    assert not (made.eps * (1 - made.M)).any()                     # zero outside the mask
+    assert float(made.eps.abs().max()) <= 1
+    assert not made.M[..., :8].any() and not made.M_a[..., :8].any()
+
+
+def test_the_guide_is_empty_at_the_last_step_and_in_a_quarter_of_the_others():
+    assert not any(make(seed, opaque=True)[1].M_a.any() for seed in range(20))
+    guides = torch.cat([make(seed)[1].M_a[:4] for seed in range(100)])
+    masks = torch.cat([make(seed)[1].M[:4] for seed in range(100)])
+    area, true_area = guides.sum((1, 2, 3)), masks.sum((1, 2, 3))
+    exact = (guides == masks).all(-1).all(-1).all(-1)
+    # smaller masks may be empty too, where the noise hardly exceeds the threshold
+    assert 0.2 < float((area == 0).float().mean()) < 0.5
+    assert 0.17 < float(exact.float().mean()) < 0.33
+    assert float((area > true_area).float().mean()) == pytest.approx(0.25, abs=0.07)
+
+
+def test_same_seed_same_batch():
+    a, b, c = make(3)[1], make(3)[1], make(4)[1]
+    assert all(torch.equal(p, q) for p, q in zip(a, b))
+    assert not torch.equal(a.M, c.M)
+
+
+def test_half_of_the_anomalies_are_textural():
+    """With flat textures a textural anomaly is flat, a structural one of a noise image is not."""
+    flat = [float(part[:, m[0] > 0].std(1).max()) < 0.2
+            for seed in range(60) for part, m in zip(make(seed)[1].eps[:4], make(seed)[1].M[:4])]
+    assert 0.38 < np.mean(flat) < 0.62
+
+
+def test_rotation_augmentation():
+    images, _ = make()
+    foreground = torch.ones(8, 1, 64, 64)
+    rng = np.random.default_rng(0)
+    turned = np.mean([not torch.equal(a, b) for _ in range(40)
+                      for a, b in zip(perlin.rotate_batch(images, foreground, 90, rng)[0], images)])
+    assert 0.2 < turned < 0.4
+    out, fg = perlin.rotate_batch(images, foreground, 45, rng, p=1.0)
+    assert out.dtype == torch.uint8 and not (out.sum(1, keepdim=True) * (1 - fg)).any()
+
+
+def test_scale():
+    assert perlin.scale(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
