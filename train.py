@@ -66,6 +66,8 @@ class Settings:
     batch: int = setting(8, "images a step, half of them made anomalous", "training")
     epochs: int = setting(1500, "passes over the training images", "training")
     steps: int = setting(0, "optimiser steps; instead of --epochs if not 0", "training")
+    init: str = setting("default", "initial weights: torch's, or those that return the input",
+                        "training", ("default", "identity"))
     lr: float = setting(1e-5, "AdamW's learning rate", "training")
     lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
                                "training", ("step", "cosine"))
@@ -103,10 +105,12 @@ PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "cpu": dict(resize=128, crop=128, channels=32, steps=1800, lr=1e-3, lr_schedule="cosine",
-                warmup=100, clip=1.0, ema=0.99, hold_out=0.1, checkpoint_every=200),
-    "quick": dict(resize=128, crop=128, channels=16, steps=400, lr=1e-3, lr_schedule="cosine",
-                  warmup=50, clip=1.0, ema=0.98, hold_out=0.1, checkpoint_every=200),
+    "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2800, lr=1e-3,
+                lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995, hold_out=0.1,
+                checkpoint_every=200),
+    "quick": dict(resize=128, crop=128, channels=16, init="identity", steps=500, lr=1e-3,
+                  lr_schedule="cosine", warmup=50, clip=1.0, ema=0.98, hold_out=0.1,
+                  checkpoint_every=250),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
 NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every"}
@@ -227,8 +231,11 @@ def fast_bf16(device: torch.device) -> bool:
 def build_model(s: Settings) -> TransFusion:
     """The model of these settings, seeded, on the CPU."""
     torch.manual_seed(s.seed)
-    return TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
-                       s.anomaly_target, s.soft_consistency, bf16=s.precision == "bf16")
+    model = TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
+                        s.anomaly_target, s.soft_consistency, bf16=s.precision == "bf16")
+    if s.init == "identity":
+        model.net.start_from_identity()
+    return model
 
 
 def save_atomically(path: Path, write) -> None:
@@ -772,13 +779,14 @@ def print_table(rows: list[dict]) -> None:
                "detection_rate": "detected"}
 
     def cell(value) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
+        return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
     print("\n" + f"{'%':<14}" + "".join(f"{title:>13}" for title in columns.values()))
     for row in rows:
         print(f"{row['category']:<14}" + "".join(f"{cell(row.get(k)):>13}" for k in columns))
     if len(rows) > 1:
-        means = {k: [row[k] for row in rows if row.get(k) is not None] for k in columns}
+        means = {k: [row[k] for row in rows if not math.isnan(row.get(k) or math.nan)]
+                 for k in columns}
         print(f"{'mean of ' + str(len(rows)):<14}"
               + "".join(f"{cell(np.mean(v) if v else None):>13}" for v in means.values()))
 

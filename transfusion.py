@@ -218,6 +218,29 @@ class ResUNet(nn.Module):
         self.normal_head = conv(3)
         self.mask_head = nn.Sequential(nn.BatchNorm2d(c), nn.SiLU(), conv(1))
 
+    @torch.no_grad()
+    def start_from_identity(self) -> None:
+        """Initialise so that n_t = x_t and M_t is small everywhere, every residual branch silent.
+
+        Most of an image is normal, so this is most of the answer; from torch's default values
+        hundreds of steps pass before it is learned. The paper says nothing on initialisation.
+        """
+        for module in self.modules():
+            if isinstance(module, (ResidualBlock, Attention)):
+                last = module.conv2 if isinstance(module, ResidualBlock) else module.output
+                last.weight.zero_()
+                last.bias.zero_()
+        last = self.up[-1].res.shortcut                     # sees [h, the input convolution]
+        skip = last.in_channels - self.image_proj.out_channels
+        for layer, source in ((self.image_proj, 0), (last, skip), (self.normal_head, 0)):
+            layer.weight[:3].zero_()
+            layer.bias[:3].zero_()
+            centre = layer.kernel_size[0] // 2
+            for channel in range(3):
+                layer.weight[channel, source + channel, centre, centre] = 1
+        self.mask_head[2].weight.mul_(0.1)
+        self.mask_head[2].bias.fill_(-2)                    # M_t = 0.12, near the share of M
+
     def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t [B, 3, H, W] in [-1, 1]; M_a [B, 1, H, W] in {0, 1}; t [B] integer steps.
 

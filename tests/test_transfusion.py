@@ -314,6 +314,14 @@ def test_positional_encoding():
     assert row.shape == (1, 1, 5, 7) and float(row[0, 0, 3, 6]) == pytest.approx(math.sin(3))
 
 
+def test_identity_initialisation_returns_the_input():
+    model = tiny()
+    model.net.start_from_identity()
+    x, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([3, 20])
+    _, n_t, logit = model(x, torch.zeros(2, 1, 16, 16), t)
+    assert torch.allclose(n_t, x, atol=1e-6) and 0 < float(logit.sigmoid().max()) < 0.4
+
+
 def test_parameters_of_the_papers_network():
     count = sum(p.numel() for p in TransFusion(64, pe="row").parameters())
     assert round(count / 1e6, 1) == 54.6

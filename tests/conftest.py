@@ -1,0 +1,28 @@
+"""Fixtures shared by the tests: the demo data and one small trained model."""
+from pathlib import Path
+
+import pytest
+
+import demo
+import train
+
+# A model that trains in well under a minute: what the tests of everything behind training share.
+SMALL = ["--category", "blister", "--resize", "64", "--crop", "64", "--channels", "16", "--steps",
+         "240", "--checkpoint-every", "100", "--precision", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory) -> Path:
+    """A folder that holds the demo data as demo/CATEGORY."""
+    root = tmp_path_factory.mktemp("data")
+    demo.write(root / "demo")
+    return root
+
+
+@pytest.fixture(scope="session")
+def small(demo_root, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The run folder of a small trained model, and the arguments that made it."""
+    out = tmp_path_factory.mktemp("small") / "runs"
+    argv = [*SMALL, "--root", str(demo_root), "--out", str(out)]
+    assert train.main(argv) == 0
+    return out / "demo" / "blister", argv

@@ -1,0 +1,75 @@
+"""The demo data: complete, deterministic, exact, and not solvable by a threshold on brightness."""
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import demo
+import metrics
+
+
+@pytest.mark.parametrize("category", demo.PRODUCTS)
+def test_same_number_same_pixels(category):
+    defect = demo.DEFECTS[category][0]
+    (a, m), (b, n) = demo.draw(category, defect, 3), demo.draw(category, defect, 3)
+    assert np.array_equal(a, b) and np.array_equal(m, n)
+    assert a.shape == (256, 256, 3) and a.dtype == np.uint8 and m.dtype == bool
+    assert not np.array_equal(a, demo.draw(category, defect, 4)[0])
+    assert not demo.draw(category, None, 3)[1].any()
+
+
+@pytest.mark.parametrize("category, defect", [(c, d) for c in demo.DEFECTS
+                                              for d in demo.DEFECTS[c]])
+def test_masks_show_where_the_defect_is(category, defect):
+    """A good product drawn from the same random numbers differs where the mask says, not beyond."""
+    for number in range(3):
+        image, mask = demo.draw(category, defect, number)
+        assert 25 <= mask.sum() < 0.12 * mask.size
+        inside, ring = image[mask], image[~mask]
+        assert inside.size and ring.size
+        edges = np.argwhere(mask)
+        assert edges.min() >= 0 and edges.max() <= 255
+
+
+def test_the_data_set_on_disk(demo_root):
+    for category, defects in demo.DEFECTS.items():
+        found = data.find_category("demo", category, demo_root)
+        labels = [item.label for item in found.test]
+        assert len(found.train) >= 60 and labels.count(0) >= 20 and labels.count(1) >= 40
+        assert len(defects) >= 3 and {item.defect for item in found.test} == {*defects, "good"}
+        last = [item for item in found.test if item.label][-1]
+        number = int(last.path.stem)
+        image, mask = demo.draw(category, last.defect, number)
+        assert np.array_equal(np.asarray(Image.open(last.path)), image)
+        assert np.array_equal(np.asarray(Image.open(last.mask)) > 0, mask)
+
+
+def test_a_second_call_draws_nothing_and_a_broken_off_one_is_made_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TRAIN", 2)
+    monkeypatch.setattr(demo, "TEST_GOOD", 1)
+    monkeypatch.setattr(demo, "PER_DEFECT", 1)
+    (tmp_path / "gear.part" / "train").mkdir(parents=True)
+    demo.write(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(demo.PRODUCTS)
+    monkeypatch.setattr(demo, "draw", None)
+    demo.write(tmp_path)
+
+
+def test_no_threshold_on_brightness_solves_it(demo_root):
+    """A per-pixel mean and standard deviation of the train images, smoothed as Eq. 10 does."""
+    for category in demo.PRODUCTS:
+        found, measured = mean_std_model(demo_root, category)
+        assert measured["image_auroc"] < 0.85 and measured["aupro"] < 0.8, category
+
+
+def mean_std_model(root, category, size=128):
+    from scipy import ndimage
+    found = data.find_category("demo", category, root)
+    train = data.Images(found.train, size, size)[:].float()
+    test = data.Images([item.path for item in found.test], size, size)[:].float()
+    deviation = ((test - train.mean(0)).abs() / (train.std(0) + 1)).mean(1).numpy()
+    maps = ndimage.uniform_filter(deviation, (0, 7, 7))
+    maps = np.repeat(np.repeat(maps, 256 // size, 1), 256 // size, 2)
+    masks = np.stack([data.load_mask(item, 256, 256) for item in found.test])
+    labels = np.array([item.label for item in found.test])
+    return found, metrics.evaluate(labels, maps.max((1, 2)), maps, masks)

@@ -1,0 +1,391 @@
+"""The command line: runs, run folders, scoring again, resuming, and what is refused."""
+import csv
+import dataclasses
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import metrics
+import train
+from test_demo import mean_std_model
+from test_transfusion import authors_state
+
+HERE = Path(train.__file__).parent
+TINY = ["--resize", "32", "--crop", "32", "--channels", "8", "--precision", "float32", "--device",
+        "cpu", "--batch", "4", "--preset", "quick"]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    """A small category of the user's own, parts/bolt, as the current folder's neighbour."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "parts" / "bolt"
+
+    def save(place, image):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint8)).save(root / place)
+
+    def normal():
+        return rng.integers(90, 110, (40, 40, 3))
+
+    for k in range(12):
+        save(f"train/good/{k}.png", normal())
+    for k in range(2):
+        save(f"test/good/{k}.png", normal())
+        image, mask = normal(), np.zeros((40, 40))
+        image[8:16, 8:16], mask[8:16, 8:16] = 220, 255
+        save(f"test/dent/{k}.png", image)
+        save(f"ground_truth/dent/{k}_mask.png", mask)
+    return tmp_path / "parts"
+
+
+def argv_for(parts, *more):
+    return ["--data", str(parts), "--category", "bolt", "--out", str(parts.parent / "runs"), *TINY,
+            "--steps", "6", "--root", str(parts.parent), *more]
+
+
+def refused(capsys, argv, *expected):
+    """The command line says one line that holds all of `expected`, and exits with 2."""
+    try:
+        status = train.main(argv)
+    except SystemExit as stop:                                       # argparse
+        status = stop.code
+    error = capsys.readouterr().err.split("\r")[-1].strip()
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in error, error
+    for part in expected:
+        assert part in lines[0], lines[0]
+
+
+# ---------------------------------------------------------------- a trained run
+
+def test_run_folder(small):
+    folder, _ = small
+    assert set(contents(folder)) == {"config.json", "log.csv", "last.pt", "metrics.json",
+                                     "scores.csv", "maps.npz", "qualitative.png"}
+    found = json.loads((folder / "metrics.json").read_text())
+    for name in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_ap", "image_f1max"):
+        assert 0 <= found[name] <= 1, name
+    assert found["step"] == 240 and found["infer_steps"] == 20 and found["threshold_images"] == 8
+    assert found["seconds_train"] > 0 and found["seconds_per_image"] > 0 and found["seed"] == 0
+    with Image.open(folder / "qualitative.png") as picture:
+        assert picture.width >= 700 and picture.height > picture.width
+
+
+def test_the_log_has_a_row_an_epoch_and_the_losses_fall(small):
+    with open(small[0] / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 28))   # 240 steps, 9 an epoch
+    assert list(rows[0]) == ["epoch", "step", "loss", "n", "m", "a", "c", "lr", "seconds"]
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(sum(float(row[k]) for k in "nmac"), rel=1e-4)
+    assert float(rows[-1]["loss"]) < 0.35 * float(rows[0]["loss"])
+    assert float(rows[-1]["m"]) < 0.35 * float(rows[0]["m"])
+
+
+def test_metrics_can_be_computed_again_from_the_maps(small, demo_root):
+    folder, _ = small
+    s = train.Settings(**json.loads((folder / "config.json").read_text()))
+    with np.load(folder / "maps.npz") as file:
+        maps = {name: file[name] for name in file.files}
+    assert set(maps) == {"M_disc", "M_recon", "M_last"}
+    assert all(m.shape == (68, 64, 64) and m.dtype == np.float32 for m in maps.values())
+    category = data.find_category("demo", "blister", demo_root)
+    masks = np.stack([data.load_mask(item, 256, 256) for item in category.test])
+    labels = np.array([item.label for item in category.test])
+    found, scores = train.score_maps(maps, labels, masks, s)
+    written = json.loads((folder / "metrics.json").read_text())
+    assert {k: written[k] for k in found} == found
+    with open(folder / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [
+        item.path.relative_to(category.root).as_posix() for item in category.test]
+    assert [int(row["label"]) for row in rows] == labels.tolist()
+    assert np.allclose([float(row["score"]) for row in rows], scores, rtol=1e-7)
+    rate = (scores[labels == 0] > written["threshold"]).mean()
+    assert written["false_alarm_rate"] == pytest.approx(rate)
+
+
+def test_controls_training_and_true_labels_matter(small, demo_root):
+    """Above the untrained network, and above a per-pixel model; chance under permuted labels."""
+    folder, argv = small
+    trained = json.loads((folder / "metrics.json").read_text())
+    assert train.main([*argv, "--steps", "1", "--lr", "0", "--name", "untrained"]) == 0
+    untrained = json.loads((folder.parent / "blister-untrained" / "metrics.json").read_text())
+    pixelwise = mean_std_model(demo_root, "blister")[1]
+    for name in ("image_auroc", "aupro"):
+        assert trained[name] > untrained[name] + 0.1, name
+        assert trained[name] > pixelwise[name], name
+    with open(folder / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    labels, scores = (np.array([float(row[k]) for row in rows]) for k in ("label", "score"))
+    rng = np.random.default_rng(0)
+    chance = [metrics.evaluate(rng.permutation(labels), scores, np.zeros((1, 1, 2)),
+                               np.array([[[True, False]]]))["image_auroc"] for _ in range(50)]
+    assert abs(np.mean(chance) - 0.5) < 0.1
+
+
+def test_eval_again_gives_the_same_numbers_and_other_settings_overwrite_nothing(small):
+    folder, argv = small
+    before = contents(folder)
+    assert train.main([*argv, "--eval", "--infer-steps", "2", "--lam", "0.5"]) == 0
+    after = contents(folder)
+    assert set(after) - set(before) == {"metrics-infer_steps2-lam0.5.json"}
+    assert all(after[name] == before[name] for name in before)
+    assert json.loads(after["metrics-infer_steps2-lam0.5.json"])["infer_steps"] == 2
+    assert train.main([*argv, "--eval"]) == 0
+    old, new = (json.loads(files["metrics.json"]) for files in (before, contents(folder)))
+    old.pop("seconds_per_image"), new.pop("seconds_per_image")
+    assert old == new and contents(folder)["scores.csv"] == before["scores.csv"]
+
+
+def test_a_finished_run_is_skipped_and_other_settings_are_refused(small, capsys):
+    folder, argv = small
+    before = contents(folder)
+    assert train.main(argv) == 0
+    assert "skipped" in capsys.readouterr().out
+    refused(capsys, [*argv, "--lr", "0.5"], "other settings", "lr 0.001 there, 0.5 here", "--name")
+    refused(capsys, [*argv, "--eval", "--T", "10"], "T cannot be changed after training")
+    assert contents(folder) == before
+
+
+# ---------------------------------------------------------------- interruption and resuming
+
+def test_an_interrupted_run_resumes_bit_identically(parts, capsys, monkeypatch):
+    assert train.main(argv_for(parts, "--steps", "11", "--name", "whole")) == 0
+    argv = argv_for(parts, "--steps", "11", "--name", "broken")
+    step = train.train_step
+    done = []
+
+    def interrupted(*args):
+        done.append(1)
+        if len(done) == 3 + 5:                                       # 3 steps measure the speed
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert train.main(argv) == 130
+    assert "stopped at step 5 of 11" in capsys.readouterr().err
+    monkeypatch.setattr(train, "train_step", step)
+    refused(capsys, argv, "unfinished run", "--resume")
+    assert train.main([*argv, "--resume"]) == 0
+    whole, broken = (parts.parent / "runs" / "parts" / f"bolt-{n}" for n in ("whole", "broken"))
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (whole, broken))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
+    for name in ("scores.csv",):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    logs = [[{k: v for k, v in row.items() if k != "seconds"}
+             for row in csv.DictReader(open(run / "log.csv"))] for run in (whole, broken)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6                  # 11 steps, 2 an epoch
+
+
+def test_same_seed_same_run_and_another_seed_another(parts):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert train.main(argv_for(parts, "--name", name, "--seed", str(seed), "--steps", "3")) == 0
+    a, b, c = (torch.load(parts.parent / "runs" / "parts" / f"bolt-{n}" / "last.pt",
+                          weights_only=True)["model"] for n in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(parts, capsys):
+    refused(capsys, argv_for(parts, "--lr", "1e30", "--clip", "0", "--steps", "50"),
+            "not finite", "--lr")
+    assert "last.pt" not in contents(parts.parent / "runs" / "parts" / "bolt")
+
+
+def test_a_full_disk_at_the_checkpoint_leaves_nothing_half_written(parts):
+    """The file size limit of the process makes every larger write fail, as a full disk does."""
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = subprocess.run([sys.executable, "train.py", *argv_for(parts)], cwd=HERE, text=True,
+                          capture_output=True, preexec_fn=limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "last.pt: cannot be written" in done.stderr.splitlines()[-1]
+    assert set(contents(parts.parent / "runs" / "parts" / "bolt")) == {"config.json", "log.csv"}
+
+
+# ---------------------------------------------------------------- other ways to run
+
+def test_eval_every_logs_each_evaluation(parts):
+    assert train.main(argv_for(parts, "--eval-every", "2")) == 0     # 3 epochs of 2 steps
+    with open(parts.parent / "runs" / "parts" / "bolt" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["2"] and 0 <= float(rows[0]["image_auroc"]) <= 1
+
+
+def test_all_categories_skip_the_finished_and_end_with_a_table(parts, capsys):
+    shutil.copytree(parts / "bolt", parts / "nut")
+    assert train.main(argv_for(parts)) == 0
+    capsys.readouterr()
+    argv = argv_for(parts)
+    argv[argv.index("bolt")] = "all"
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "bolt is finished" in out and re.search(r"\nbolt .*\nnut .*\nmean of 2 ", out)
+
+
+@pytest.mark.parametrize("flags", [["--no-pe"], ["--no-sim-mask"], ["--drop-loss", "c"],
+                                   ["--T", "5", "--schedule", "root"], ["--final-mask", "last"],
+                                   ["--preset", "authors", "--channels", "8", "--epochs", "1",
+                                    "--resize", "32", "--crop", "32"]])
+def test_ablations_run(parts, flags):
+    assert train.main(argv_for(parts, "--steps", "2", *flags)) == 0
+    found = json.loads((parts.parent / "runs" / "parts" / "bolt" / "metrics.json").read_text())
+    assert 0 <= found["aupro"] <= 1
+
+
+def test_without_masks_or_without_a_test_set(parts, capsys):
+    shutil.rmtree(parts / "bolt" / "ground_truth")
+    assert train.main(argv_for(parts)) == 0
+    assert "no ground truth" in capsys.readouterr().err
+    found = json.loads((parts.parent / "runs" / "parts" / "bolt" / "metrics.json").read_text())
+    assert found["aupro"] is None and found["image_auroc"] is not None
+    shutil.rmtree(parts / "bolt" / "test")
+    assert train.main(argv_for(parts, "--name", "untested")) == 0
+    assert "not scored" in capsys.readouterr().out
+
+
+def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys):
+    torch.save(authors_state(), tmp_path / "bolt_model.pkl")
+    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--eval", "--weights")
+    assert train.main([*argv, str(tmp_path / "bolt_model.pkl")]) == 0
+    folder = parts.parent / "runs" / "parts" / "bolt"
+    assert json.loads((folder / "metrics.json").read_text())["infer_steps"] == 18
+    model, *_ = train.load_model(folder / "last.pt", torch.device("cpu"))
+    assert torch.equal(model.net.normal_head.weight, authors_state()["model.final_mean.weight"])
+    refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
+            "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
+    refused(capsys, [*argv, str(tmp_path / "absent.pkl")], "does not exist")
+
+
+def test_without_a_gpu_the_cpu_preset_is_taken_and_said(parts, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    s, _ = train.parse(["--data", "mvtec", "--category", "cable"])
+    assert s.preset == "cpu" and "no GPU" in capsys.readouterr().out
+    s, _ = train.parse(["--data", "mvtec", "--category", "cable", "--preset", "paper"])
+    assert (s.T, s.resize, s.crop, s.batch, s.lr, s.epochs, s.lr_drop) == (20, 256, 224, 8, 1e-5,
+                                                                         1500, 800)
+
+
+def test_the_learning_rate_of_the_paper():
+    s = train.Settings()
+    rates = [train.learning_rate(s, epoch * 26, 1500 * 26, 26) for epoch in (0, 799, 800, 1499)]
+    assert rates == pytest.approx([1e-5, 1e-5, 1e-6, 1e-6])
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for f in dataclasses.fields(train.Settings):
+        assert "--" + f.name.replace("_", "-") in out
+
+
+# ---------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--T", "0"], ["--T 0", "at least 1"]),
+    (["--infer-steps", "21"], ["21 inference steps", "1 to 20"]),
+    (["--resize", "250"], ["--resize 250", "multiple of 8", "248"]),
+    (["--crop", "64"], ["--crop 64 is larger"]),
+    (["--batch", "1"], ["--batch 1", "at least 2"]),
+    (["--lam", "1.5"], ["--lam 1.5", "0..1"]),
+    (["--kernel", "4"], ["--kernel 4", "odd"]),
+    (["--lr", "-1"], ["--lr -1"]),
+    (["--lr", "nan"], ["--lr nan"]),
+    (["--lr", "fast"], ["--lr", "fast"]),
+    (["--drop-loss", "nx"], ["--drop-loss nx"]),
+    (["--drop-loss", "nmac"], ["--drop-loss nmac"]),
+    (["--channels", "12"], ["--channels 12", "multiple of 8"]),
+    (["--schedule", "cubic"], ["--schedule", "cubic"]),
+    (["--preset", "fast"], ["--preset", "fast"]),
+    (["--device", "cuda:9"], ["--device cuda:9"]),
+    (["--device", "toaster"], ["--device toaster"]),
+    (["--foreground", "nowhere"], ["--foreground nowhere", "no such folder"]),
+    (["--weights", "nothing.pkl"], ["nothing.pkl does not exist"]),
+    (["--category", "bolts"], ["no category 'bolts'", "did you mean bolt?"]),
+    (["--category", ""], ["--category", "one of bolt"]),
+    (["--data", "mvtec"], ["no mvtec data under", "mvtec-ad", "--root"]),
+    (["--data", "nonsense"], ["neither a data set"]),
+    (["--eval"], ["last.pt does not exist"]),
+    (["--no-such-flag"], ["--no-such-flag"]),
+])
+def test_bad_arguments(parts, capsys, flags, expected):
+    refused(capsys, argv_for(parts, *flags), *expected)
+    assert not (parts.parent / "runs").exists()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("harm, expected", [
+    (lambda bolt: [p.unlink() for p in (bolt / "train/good").iterdir()], ["no training images"]),
+    (lambda bolt: truncate(bolt / "train/good/3.png"), ["3.png", "cannot be read"]),
+    (lambda bolt: truncate(bolt / "test/dent/1.png"), ["1.png", "cannot be read"]),
+    (lambda bolt: truncate(bolt / "ground_truth/dent/1_mask.png"), ["1_mask.png", "cannot be"]),
+    (lambda bolt: (bolt / "test/dent/1.png").unlink(), ["1_mask.png", "without its image"]),
+    (lambda bolt: (bolt / "ground_truth/dent/0_mask.png").unlink(), ["0.png", "no mask for it"]),
+    (lambda bolt: Image.new("L", (9, 9)).save(bolt / "ground_truth/dent/0_mask.png"),
+     ["0_mask.png is 9 x 9", "40 x 40"]),
+])
+def test_bad_data(parts, capsys, harm, expected):
+    harm(parts / "bolt")
+    refused(capsys, argv_for(parts), *expected)
+    assert not (parts.parent / "runs").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"", ["is not a checkpoint"]),
+    (b"PK not a zip", ["is not a checkpoint"]),
+    ("pickle", ["is not a checkpoint"]),
+    ({"a": torch.zeros(1)}, ["not a checkpoint of train.py"]),
+    ("newer", ["newer version", "format 99"]),
+    ("architecture", ["another architecture"]),
+])
+def test_bad_checkpoints(parts, capsys, monkeypatch, content, expected):
+    monkeypatch.chdir(parts)
+    argv = argv_for(parts)
+    assert train.main(argv) == 0
+    path = parts.parent / "runs" / "parts" / "bolt" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        if content == "newer":
+            content = {**state, "format": 99}
+        elif content == "architecture":
+            content = {**state, "settings": {**state["settings"], "channels": 16}}
+        torch.save(content, path)
+    refused(capsys, [*argv, "--eval"], "last.pt", *expected)
+    assert not (parts / "executed").exists()
