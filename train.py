@@ -69,6 +69,8 @@ class Settings:
     init: str = setting("default", "initial weights: torch's, or those that return the input",
                         "training", ("default", "identity"))
     lr: float = setting(1e-5, "AdamW's learning rate", "training")
+    attention_lr: float = setting(1.0, "factor on the learning rate of the attention layers",
+                                  "training")
     lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
                                "training", ("step", "cosine"))
     lr_drop: int = setting(800, "epoch of the step schedule's drop", "training")
@@ -105,11 +107,11 @@ PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2800, lr=1e-3,
-                lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995, hold_out=0.1,
+    "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
+                attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995, hold_out=0.1,
                 checkpoint_every=200),
     "quick": dict(resize=128, crop=128, channels=16, init="identity", steps=500, lr=1e-3,
-                  lr_schedule="cosine", warmup=50, clip=1.0, ema=0.98, hold_out=0.1,
+                  attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.98, hold_out=0.1,
                   checkpoint_every=250),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
@@ -196,7 +198,7 @@ def check(s: Settings) -> None:
                              f"the nearest is {max(16, round(value / 8) * 8)}")
     if s.crop > s.resize:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
-    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1), ("warmup", 0),
+    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("attention_lr", 0), ("T", 1), ("warmup", 0),
                       ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1), ("clip", 0),
                       ("seed", 0)):
         if not getattr(s, name) >= low:
@@ -408,7 +410,7 @@ def train_step(model, ema, optimizer, batch, s: Settings, rate: float) -> dict[s
     if s.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     optimizer.step()
     if ema:
         ema.update_parameters(model)
@@ -420,8 +422,17 @@ def train_step(model, ema, optimizer, batch, s: Settings, rate: float) -> dict[s
 
 
 def make_optimizer(model: TransFusion, s: Settings):
-    """AdamW (section 4.3), and the averaged copy of the model where the settings want one."""
-    optimizer = torch.optim.AdamW(model.parameters(), s.lr, weight_decay=s.weight_decay, fused=True)
+    """AdamW (section 4.3), and the averaged copy of the model where the settings want one.
+
+    The attention layers can have a learning rate of their own: nothing normalises their input, so
+    at rates far above the paper's their logits grow past 1e8 within 200 steps and end in NaN.
+    """
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[".attn." in name].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": groups[False], "factor": 1.0},
+                                   {"params": groups[True], "factor": s.attention_lr}],
+                                  s.lr, weight_decay=s.weight_decay, fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(s.ema)) if s.ema else None
     return optimizer, ema
 
@@ -500,6 +511,7 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path, state: 
                 if eval_every and row["epoch"] % eval_every == 0:
                     scored = ema.module if ema else model
                     found, *_ = score(scored, s, source)
+                    model.train()
                     progress["eval"].append({"epoch": row["epoch"], "step": step + 1, **found})
                     save_csv(folder / "eval.csv", progress["eval"])
             if interruption.asked or (step + 1) % s.checkpoint_every == 0 or step + 1 == steps:
@@ -538,20 +550,25 @@ def duration(seconds: float) -> str:
 
 # ---------------------------------------------------------------- evaluation
 
-def restore_all(model: TransFusion, images: data.Images, s: Settings) -> dict[str, np.ndarray]:
-    """Unfiltered M_disc, M_recon and last M of every image, float32 [N, H, W], by name."""
+def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
+    """Restore images[indices] batch by batch: yields each batch's place and its Restoration."""
     device = next(model.parameters()).device
     model.eval()
-    shape = (len(images), s.crop, s.crop)
-    maps = {name: np.empty(shape, np.float32) for name in ("M_disc", "M_recon", "M_last")}
-    bar = tqdm(total=len(images), desc="restoring", unit="image", leave=False)
-    for start in range(0, len(images), s.eval_batch):
-        batch = slice(start, min(start + s.eval_batch, len(images)))
-        restored = model.restore(perlin.scale(images[batch].to(device)), s.infer_steps)
+    with tqdm(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
+        for start in range(0, len(indices), s.eval_batch):
+            chosen = indices[start:start + s.eval_batch]
+            x = perlin.scale(images[chosen].to(device))
+            yield slice(start, start + len(chosen)), model.restore(x, s.infer_steps)
+            bar.update(len(chosen))
+
+
+def raw_maps(model: TransFusion, images: data.Images, indices, s: Settings) -> dict[str, np.ndarray]:
+    """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
+    maps = {name: np.empty((len(indices), s.crop, s.crop), np.float32)
+            for name in ("M_disc", "M_recon", "M_last")}
+    for place, restored in restore_all(model, images, indices, s):
         for name in maps:
-            maps[name][batch] = getattr(restored, name)[:, 0].cpu().numpy()
-        bar.update(batch.stop - start)
-    bar.close()
+            maps[name][place] = getattr(restored, name)[:, 0].cpu().numpy()
     return maps
 
 
@@ -579,29 +596,26 @@ def score(model: TransFusion, s: Settings, source: Source):
     """Restore and score the test set: metrics, raw maps, image scores, seconds an image."""
     labels = np.array([item.label for item in source.category.test])
     start = time.perf_counter()
-    maps = restore_all(model, source.test, s)
+    maps = raw_maps(model, source.test, range(len(source.test)), s)
     seconds = (time.perf_counter() - start) / len(source.test)
     found, scores = score_maps(maps, labels, source.masks, s)
     return found, maps, scores, seconds
 
 
-def held_out_scores(model: TransFusion, s: Settings, source: Source) -> np.ndarray:
-    held = data.Images([source.images.paths[k] for k in source.held_out], s.resize, s.crop)
-    return anomaly_score(final_maps(restore_all(model, held, s), s)).numpy()
-
-
-def alarm_rates(found: dict, labels: np.ndarray, scores: np.ndarray, normal: np.ndarray,
-                s: Settings) -> None:
-    """Add the threshold from held-out normal images and what it does on the test set."""
-    found.update(threshold=None, threshold_images=len(normal), false_alarms_promised=None,
+def alarm_rates(model: TransFusion, s: Settings, source: Source, labels: np.ndarray,
+                scores: np.ndarray) -> dict:
+    """The threshold from the held-out normal images, and what it does on the test set."""
+    found = dict(threshold=None, threshold_images=len(source.held_out), false_alarms_promised=None,
                  false_alarm_rate=None, detection_rate=None)
-    if len(normal) == 0:
-        return
+    if len(source.held_out) == 0:
+        return found
+    normal = anomaly_score(final_maps(raw_maps(model, source.images, source.held_out, s), s)).numpy()
     threshold, promised = metrics.normal_threshold(normal, s.false_alarms)
     rate = {label: float((scores[labels == label] > threshold).mean())
             if (labels == label).any() else None for label in (0, 1)}
     found.update(threshold=threshold, false_alarms_promised=promised, false_alarm_rate=rate[0],
                  detection_rate=rate[1])
+    return found
 
 
 def write_results(folder: Path, model: TransFusion, s: Settings, source: Source, progress: dict,
@@ -609,7 +623,7 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
     """Score the model and write metrics[suffix].json; without a suffix the other files too."""
     labels = np.array([item.label for item in source.category.test])
     found, maps, scores, seconds = score(model, s, source)
-    alarm_rates(found, labels, scores, held_out_scores(model, s, source), s)
+    found.update(alarm_rates(model, s, source, labels, scores))
     per_epoch = steps_per_epoch(s, source)
     found.update(data=source.category.data, category=s.category, preset=s.preset, seed=s.seed,
                  step=progress["step"], epoch=math.ceil(progress["step"] / per_epoch),
@@ -631,7 +645,9 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
 def hardware(s: Settings) -> str:
     if s.device.startswith("cuda"):
         return torch.cuda.get_device_name(s.device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] \
+        if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return f"{found[0] if found else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps: dict,
@@ -644,18 +660,15 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
              for k in [k for k, item in enumerate(items) if item.defect == kind][:of_each]]
     M_final = final_maps(maps, s)[:, 0].numpy()
     top = float(M_final.max())
-    device = next(model.parameters()).device
-    images = source.test[shown]
-    restored = torch.cat([model.restore(perlin.scale(part.to(device)), s.infer_steps).x_0.cpu()
-                          for part in images.split(s.eval_batch)])
+    restored = torch.cat([part.x_0.cpu() for _, part in restore_all(model, source.test, shown, s)])
 
     def picture(image: Tensor) -> np.ndarray:
         return image.permute(1, 2, 0).numpy()
 
     titles = ["image", "restoration", "map over image", "anomaly map", "ground truth"]
-    figure = Figure(figsize=(10, 2 * len(shown) + 0.4), layout="constrained")
+    figure = Figure(figsize=(10, 2 * len(shown) + 0.8), layout="constrained")
     axes = figure.subplots(len(shown), 5, squeeze=False)
-    for row, k, image, x_0 in zip(axes, shown, images, restored):
+    for row, k, image, x_0 in zip(axes, shown, source.test[shown], restored):
         truth = source.masks[k] if source.masks is not None else None
         row[0].imshow(picture(image))
         row[1].imshow(picture(x_0.clamp(-1, 1) / 2 + 0.5))
@@ -670,7 +683,7 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
             axis.set_yticks([])
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
-    figure.colorbar(shade, ax=axes[:, 3], location="bottom", shrink=0.9, aspect=12,
+    figure.colorbar(shade, ax=axes, location="bottom", shrink=0.4, aspect=30, pad=0.01,
                     label="M_final (Eq. 10)")
     figure.savefig(file, format="png", dpi=80)
 
@@ -682,10 +695,16 @@ def run_folder(s: Settings) -> Path:
     return Path(s.out) / label / (s.category + (f"-{s.name}" if s.name else ""))
 
 
-def differences(there: dict, s: Settings) -> list[str]:
-    here = dataclasses.asdict(s)
-    return [f"{k} {there[k]} there, {here[k]} here" for k in here
-            if k not in NOT_COMPARED and k in there and there[k] != here[k]]
+def refuse_other_run(folder: Path, s: Settings) -> None:
+    """Raise InputError if the folder holds a run with other settings than these."""
+    if not (folder / "config.json").exists():
+        return
+    there, here = read_json(folder / "config.json"), dataclasses.asdict(s)
+    other = [f"{k} {there[k]} there, {here[k]} here" for k in here
+             if k not in NOT_COMPARED and k in there and there[k] != here[k]]
+    if other:
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(other[:4])}); "
+                         f"give this one a --name")
 
 
 def read_json(path: Path) -> dict:
@@ -699,14 +718,10 @@ def run(s: Settings, flags: argparse.Namespace) -> dict:
     """Train and score one category, or skip it where that is done. Returns its metrics."""
     folder = run_folder(s)
     checkpoint, state = folder / "last.pt", None
-    if (folder / "config.json").exists():
-        other = differences(read_json(folder / "config.json"), s)
-        if other:
-            raise InputError(f"{folder} holds a run with other settings ({'; '.join(other[:4])}); "
-                             f"give this one a --name")
-        if (folder / "metrics.json").exists():
-            print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
-            return read_json(folder / "metrics.json")
+    refuse_other_run(folder, s)
+    if (folder / "metrics.json").exists():
+        print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
+        return read_json(folder / "metrics.json")
     if checkpoint.exists() and not flags.resume:
         raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name NAME "
                          f"starts another")
@@ -734,7 +749,8 @@ def start_model(s: Settings, weights: str) -> TransFusion:
             load_authors_weights(model, load_torch(Path(weights)))
         except (ValueError, AttributeError) as error:
             raise InputError(f"--weights {weights}: {error} (--preset authors builds their network)")
-    return model.to(s.device)
+    layout = torch.channels_last if s.device.startswith("cuda") else torch.contiguous_format
+    return model.to(s.device, memory_format=layout)
 
 
 def make_folder(folder: Path) -> None:
@@ -748,7 +764,8 @@ def evaluate(s: Settings, flags: argparse.Namespace) -> dict:
     """--eval: score the model of a run folder, or of --weights, with this command's scoring."""
     folder = run_folder(s)
     if flags.weights:
-        model, trained, suffix = start_model(s, flags.weights).eval(), s, ""
+        refuse_other_run(folder, s)
+        model, suffix = start_model(s, flags.weights), ""
         progress = {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
     else:
         model, trained, progress = load_model(folder / "last.pt", torch.device(s.device))
