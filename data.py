@@ -94,7 +94,7 @@ def list_categories(data: str, root: Path) -> list[str]:
             f"{root / data}/CATEGORY, or say where it lies with --root DIR")
     if not data_folders(data, root):
         raise InputError(f"--data {data}: neither a data set ({', '.join(FOLDERS)}) nor a folder")
-    raise InputError(f"{data}: no category in it; each needs a folder CATEGORY/train/good of images")
+    raise InputError(f"{data}: no category in it; each is a folder CATEGORY/train/good of images")
 
 
 def find_category(data: str, name: str, root: Path) -> Category:
@@ -139,7 +139,7 @@ def read_mvtec(data: str, name: str, path: Path) -> Category:
         unmasked = [p for p in images if p.stem not in masks]
         if truth.is_dir() and unmasked:
             raise InputError(f"{unmasked[0]}: no mask for it in {truth / folder.name} (nor for "
-                             f"{len(unmasked) - 1} more); add it, or remove ground_truth altogether")
+                             f"{len(unmasked) - 1} more); add it, or remove all of ground_truth")
         alone = sorted(set(masks) - {p.stem for p in images})
         if alone:
             raise InputError(f"{masks[alone[0]]}: a mask without its image {folder / alone[0]}.*")

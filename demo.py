@@ -156,7 +156,7 @@ def gear(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.n
     shadow = ndimage.shift(cover(distance), (5, 6), order=1, mode="nearest")
     image *= (1 - 0.45 * ndimage.gaussian_filter(shadow, 5))[..., None]
 
-    beam = rng.normal(0.6, 0.15)                                    # anisotropic highlight of turning
+    beam = rng.normal(0.6, 0.15)                                    # highlight of turned metal
     sheen = np.cos(2 * (angle + turn - beam)) ** 2 * 0.22
     rings = 0.03 * np.interp(r, np.arange(0, 260, 0.5), rng.normal(size=520))
     edge = np.clip(1 + distance / 5, 0, 1)                          # bevel towards the edges

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 
 def region_weights(masks: np.ndarray) -> tuple[np.ndarray, int]:
-    """1 / |region| at every anomalous pixel, 0 elsewhere, float64 like masks; and the regions' count.
+    """1 / |region| at every anomalous pixel and 0 elsewhere, float64, and the number of regions.
 
     masks: bool [N, H, W]. A region is 8-connected and lies within one image.
     """
@@ -83,12 +83,12 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
                        image_f1max=f1_max(labels, scores))
     else:
         missing = "good" if labels.sum() else "defective"
-        warnings.warn(f"the test set has no {missing} image: image AUROC, AP and F1-max are undefined")
+        warnings.warn(f"the test set has no {missing} image: image metrics are undefined")
     if masks is None:
-        warnings.warn("there is no ground truth: pixel AUROC, pixel AP and AUPRO are undefined")
+        warnings.warn("there is no ground truth: pixel metrics are undefined")
     elif not masks.any() or masks.all():
         missing = "normal" if masks.any() else "anomalous"
-        warnings.warn(f"the masks have no {missing} pixel: pixel AUROC, pixel AP and AUPRO are undefined")
+        warnings.warn(f"the masks have no {missing} pixel: pixel metrics are undefined")
     else:
         flat, truth = maps.ravel(), masks.ravel()
         results.update(pixel_auroc=float(roc_auc_score(truth, flat)),

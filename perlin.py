@@ -175,8 +175,8 @@ def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Ten
     """Anomalies for the first half of a batch; the second half stays normal (section 4.3).
 
     images: uint8 [B, 3, H, W]; foreground: [B, 1, H, W] in {0, 1}; textures: uint8
-    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, whose guide is empty as it is
-    when the restoration starts. H and W must be multiples of 8.
+    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, whose guide is empty
+    as it is when the restoration starts. H and W must be multiples of 8.
     """
     B, _, H, W = images.shape
     half, device = (B + 1) // 2, images.device

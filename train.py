@@ -77,7 +77,8 @@ class Settings:
     warmup: int = setting(0, "steps of linear warm-up", "training")
     weight_decay: float = setting(0.01, "AdamW's weight decay", "training")
     clip: float = setting(0.0, "bound on the gradient's norm; 0 for none", "training")
-    ema: float = setting(0.0, "decay of the averaged weights that are scored; 0 for none", "training")
+    ema: float = setting(0.0, "decay of the weights' average, which is scored; 0 for none",
+                         "training")
     precision: str = setting("auto", "of the network; auto: bf16 where it is fast", "training",
                              ("auto", "bf16", "float32"))
     hold_out: float = setting(0.0, "share of normal images kept for the threshold", "training")
@@ -86,7 +87,8 @@ class Settings:
     T: int = setting(20, "steps of the transparency process", "method")
     schedule: str = setting("linear", "how the opacity grows with t", "method",
                             ("linear", "quadratic", "root"))
-    pe: str = setting("2d", "positional encoding; --no-pe for none", "method", ("2d", "row", "none"))
+    pe: str = setting("2d", "positional encoding; --no-pe for none", "method",
+                      ("2d", "row", "none"))
     sim_mask: bool = setting(True, "the guide: the network sees the previous mask", "method")
     drop_loss: str = setting("", "leave out losses, letters of nmac (Eq. 5-8)", "method")
     authors_schedule: bool = setting(False, "T values of beta, restoration from T - 2", "method")
@@ -94,7 +96,8 @@ class Settings:
                                   ("eps", "beta_eps"))
     soft_consistency: bool = setting(True, "Eq. 8 on the soft mask, not the binary one", "method")
 
-    infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's", "scoring")
+    infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's",
+                               "scoring")
     lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
     kernel: int = setting(7, "side of Eq. 10's mean filter, pixels", "scoring")
     final_mask: str = setting("combined", "which map is scored", "scoring",
@@ -108,11 +111,11 @@ PRESETS = {
     "authors": dict(crop=256, rotation=20.0, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
     "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
-                attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995, hold_out=0.1,
-                checkpoint_every=200),
+                attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
+                hold_out=0.1, checkpoint_every=200),
     "quick": dict(resize=128, crop=128, channels=16, init="identity", steps=500, lr=1e-3,
-                  attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.98, hold_out=0.1,
-                  checkpoint_every=250),
+                  attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.98,
+                  hold_out=0.1, checkpoint_every=250),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
 NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every"}
@@ -198,9 +201,9 @@ def check(s: Settings) -> None:
                              f"the nearest is {max(16, round(value / 8) * 8)}")
     if s.crop > s.resize:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
-    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("attention_lr", 0), ("T", 1), ("warmup", 0),
-                      ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1), ("clip", 0),
-                      ("seed", 0)):
+    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("attention_lr", 0),
+                      ("T", 1), ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0),
+                      ("checkpoint_every", 1), ("clip", 0), ("seed", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")
@@ -254,8 +257,8 @@ def save_atomically(path: Path, write) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
-        raise InputError(f"{path}: cannot be written ({reason}); make room and use --resume")
+        cause = (isinstance(error, RuntimeError) and error.__context__) or error
+        raise InputError(f"{path}: cannot be written ({cause}); make room and use --resume")
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -356,8 +359,8 @@ def load_source(s: Settings, training: bool = True) -> Source:
                                                   True)
     textures = data.Textures(root, s.crop)
     kept = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
-    notes = [f"{len(images) - held} normal images to train on, {held} held out, {len(test)} to test "
-             f"({(images.bytes + test.bytes) / 1e6:.0f} MB, {kept})", f"foreground: {found}",
+    notes = [f"{len(images) - held} normal images to train on, {held} held out, {len(test)} to "
+             f"test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {kept})", f"foreground: {found}",
              f"textures: {textures.source}"]
     return Source(category, images, order[held:], order[:held], foreground, textures, test, masks,
                   notes)
@@ -494,7 +497,7 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path, state: 
 
     start = time.perf_counter() - progress["seconds"]
     with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
-                                              desc=s.category, unit="step") as bar:
+                                              desc=s.category, unit="step", mininterval=0.5) as bar:
         while progress["step"] < steps:
             step = progress["step"]
             rate = learning_rate(s, step, steps, per_epoch)
@@ -562,7 +565,8 @@ def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
             bar.update(len(chosen))
 
 
-def raw_maps(model: TransFusion, images: data.Images, indices, s: Settings) -> dict[str, np.ndarray]:
+def raw_maps(model: TransFusion, images: data.Images, indices,
+             s: Settings) -> dict[str, np.ndarray]:
     """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
     maps = {name: np.empty((len(indices), s.crop, s.crop), np.float32)
             for name in ("M_disc", "M_recon", "M_last")}
@@ -609,7 +613,8 @@ def alarm_rates(model: TransFusion, s: Settings, source: Source, labels: np.ndar
                  false_alarm_rate=None, detection_rate=None)
     if len(source.held_out) == 0:
         return found
-    normal = anomaly_score(final_maps(raw_maps(model, source.images, source.held_out, s), s)).numpy()
+    maps = raw_maps(model, source.images, source.held_out, s)
+    normal = anomaly_score(final_maps(maps, s)).numpy()
     threshold, promised = metrics.normal_threshold(normal, s.false_alarms)
     rate = {label: float((scores[labels == label] > threshold).mean())
             if (labels == label).any() else None for label in (0, 1)}
@@ -748,7 +753,7 @@ def start_model(s: Settings, weights: str) -> TransFusion:
         try:
             load_authors_weights(model, load_torch(Path(weights)))
         except (ValueError, AttributeError) as error:
-            raise InputError(f"--weights {weights}: {error} (--preset authors builds their network)")
+            raise InputError(f"--weights {weights}: {error} (their network: --preset authors)")
     layout = torch.channels_last if s.device.startswith("cuda") else torch.contiguous_format
     return model.to(s.device, memory_format=layout)
 
@@ -809,24 +814,12 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
-        s, flags = parse(argv)
-        if s.data == "demo":
-            s = dataclasses.replace(s, root=s.root or "data")
-            demo.write(Path(s.root) / "demo")
-        root = Path(s.root) if s.root else data.default_root()
-        if not s.category:
-            raise InputError(f"--category: one of {', '.join(data.list_categories(s.data, root))}, "
-                             f"or all")
-        names = data.list_categories(s.data, root) if s.category == "all" else [s.category]
-        work = evaluate if flags.eval else run
-        rows = []
-        for name in names:
-            rows.append(work(dataclasses.replace(s, category=name), flags))
-        print_table(rows)
-        folder = run_folder(dataclasses.replace(s, category=names[-1]))
-        print(f"\nmetrics.json, scores.csv and qualitative.png are in {folder}")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}",
+                                                                   file=sys.stderr)
+            command(*parse(argv))
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -834,6 +827,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def command(s: Settings, flags: argparse.Namespace) -> None:
+    """Train or score the category asked for, or all of them, and print the table."""
+    if s.data == "demo":
+        s = dataclasses.replace(s, root=s.root or "data")
+        demo.write(Path(s.root) / "demo")
+    root = Path(s.root) if s.root else data.default_root()
+    known = data.list_categories(s.data, root)
+    if not s.category:
+        raise InputError(f"--category: one of {', '.join(known)}, or all")
+    names = known if s.category == "all" else [s.category]
+    work = evaluate if flags.eval else run
+    rows = [work(dataclasses.replace(s, category=name), flags) for name in names]
+    print_table(rows)
+    print("\nmetrics.json, scores.csv and qualitative.png are in "
+          + ", ".join(str(run_folder(dataclasses.replace(s, category=name))) for name in names))
 
 
 if __name__ == "__main__":

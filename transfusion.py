@@ -54,7 +54,7 @@ def transparency_schedule(T: int, kind: str = "linear", authors: bool = False) -
     """
     values = T if authors else T + 1
     if values < 2 or T < 1:
-        raise ValueError(f"T = {T} leaves no step to walk: T must be at least {2 if authors else 1}")
+        raise ValueError(f"T = {T} leaves no step: it must be at least {2 if authors else 1}")
     u = torch.linspace(0, 1, values, dtype=torch.float64)
     if kind not in ("linear", "quadratic", "root"):
         raise ValueError(f"unknown schedule {kind!r}: linear, quadratic or root")

@@ -42,7 +42,7 @@ def test_mvtec_wherever_it_lies_under_the_root(tmp_path, folder):
     assert data.list_categories("mvtec", tmp_path) == ["cable"]
     found = data.find_category("mvtec", "cable", tmp_path)
     assert len(found.train) == 4 and found.annotated
-    assert [(item.label, item.defect) for item in found.test] == [(1, "cut"), (1, "cut"), (0, "good")]
+    assert [(i.label, i.defect) for i in found.test] == [(1, "cut"), (1, "cut"), (0, "good")]
     assert found.test[0].mask.name == "000_mask.png" and found.test[2].mask is None
 
 
@@ -265,7 +265,8 @@ def test_foreground_modes(tmp_path):
         png(tmp_path / "masks" / f"{2 - k}_mask.png", np.full((64, 64), 255 * (k == 0)))
     paths = data.list_images(tmp_path / "images")
     images = data.Images(paths, 64, 64)
-    for mode, name, share in (("auto", "bolt", disc.mean()), ("auto", "carpet", 1), ("none", "bolt", 1)):
+    for mode, name, share in (("auto", "bolt", disc.mean()), ("auto", "carpet", 1),
+                              ("none", "bolt", 1)):
         masks, line = data.foreground_masks(images, paths, name, mode)
         assert masks.shape == (3, 1, 64, 64) and masks.dtype == torch.bool and line
         assert share <= float(masks.float().mean()) <= 1.5 * share
