@@ -47,11 +47,11 @@ def setting(default, help: str, group: str, choices=None):
 class Settings:
     """Everything a run depends on; the defaults are the paper's. Each field is a flag."""
     data: str = setting("demo", "mvtec, visa, btad, demo, or a folder of categories", "run")
-    category: str = setting("", "the category, or all (default for demo)", "run")
+    category: str = setting("", "the category, or all", "run")
     root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data)", "run")
     out: str = setting("runs", "where run folders go", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
-    preset: str = setting("", "settings taken together; flags go before them", "run",
+    preset: str = setting("", "settings taken together; flags override it", "run",
                           ("paper", "authors", "cpu", "quick"))
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "run")
     seed: int = setting(0, "seed of everything random", "run")
@@ -130,13 +130,18 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
 
     Raises InputError; argparse's own errors exit with status 2.
     """
-    parser = argparse.ArgumentParser(description="Train and score TransFusion.",
-                                     argument_default=argparse.SUPPRESS)
+    presets = "\n".join(f"  {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items())
+                                         or "the values above") for name, changes in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
+        epilog=f"presets, where they differ from the paper:\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {name: parser.add_argument_group(name)
               for name in ("run", "training", "method", "scoring")}
     for f in dataclasses.fields(Settings):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")
-        shown = f"{meta['help']} (paper: {f.default})" if f.default != "" else meta["help"]
+        source = "default" if meta["group"] == "run" else "paper"
+        shown = f"{meta['help']} ({source}: {f.default})" if f.default != "" else meta["help"]
         if f.type is bool:
             groups[meta["group"]].add_argument(flag, action=argparse.BooleanOptionalAction,
                                                help=shown)
@@ -678,7 +683,8 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
         row[0].imshow(picture(image))
         row[1].imshow(picture(x_0.clamp(-1, 1) / 2 + 0.5))
         row[2].imshow(picture(image).mean(-1), cmap="gray")
-        row[2].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top, alpha=0.6)
+        row[2].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top,
+                      alpha=0.8 * np.sqrt(M_final[k] / top))
         shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)
         if truth is not None:
             row[4].imshow(truth, cmap="gray", vmin=0, vmax=1)
