@@ -47,7 +47,7 @@ def setting(default, help: str, group: str, choices=None):
 class Settings:
     """Everything a run depends on; the defaults are the paper's. Each field is a flag."""
     data: str = setting("demo", "mvtec, visa, btad, demo, or a folder of categories", "run")
-    category: str = setting("", "the category, or all", "run")
+    category: str = setting("", "the category, or all (demo: fabric)", "run")
     root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data)", "run")
     out: str = setting("runs", "where run folders go", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
@@ -113,9 +113,9 @@ PRESETS = {
     "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
                 attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
                 hold_out=0.1, checkpoint_every=200),
-    "quick": dict(resize=128, crop=128, channels=16, init="identity", steps=500, lr=1e-3,
-                  attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.98,
-                  hold_out=0.1, checkpoint_every=250),
+    "quick": dict(resize=96, crop=96, rotation=10.0, channels=16, init="identity", steps=800,
+                  lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.99,
+                  hold_out=0.1, checkpoint_every=200),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
 NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every"}
@@ -167,7 +167,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     device = pick_device(given.get("device", "auto"))
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
     if given.get("data", "demo") == "demo":
-        given.setdefault("category", "all")
+        given.setdefault("category", "fabric")
     settings = Settings(**{**PRESETS[preset], **given, "preset": preset, "device": str(device)})
     if settings.precision == "auto":
         settings = dataclasses.replace(settings,
@@ -682,7 +682,7 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
         truth = source.masks[k] if source.masks is not None else None
         row[0].imshow(picture(image))
         row[1].imshow(picture(x_0.clamp(-1, 1) / 2 + 0.5))
-        row[2].imshow(picture(image).mean(-1), cmap="gray")
+        row[2].imshow(picture(image).mean(-1), cmap="gray", vmin=0, vmax=255)
         row[2].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top,
                       alpha=0.8 * np.sqrt(M_final[k] / top))
         shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)

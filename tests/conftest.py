@@ -7,8 +7,8 @@ import demo
 import train
 
 # A model that trains in well under a minute: what the tests of everything behind training share.
-SMALL = ["--category", "blister", "--resize", "64", "--crop", "64", "--channels", "16", "--steps",
-         "240", "--checkpoint-every", "100", "--precision", "float32", "--device", "cpu"]
+SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--steps",
+         "300", "--checkpoint-every", "100", "--precision", "float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +25,4 @@ def small(demo_root, tmp_path_factory) -> tuple[Path, list[str]]:
     out = tmp_path_factory.mktemp("small") / "runs"
     argv = [*SMALL, "--root", str(demo_root), "--out", str(out)]
     assert train.main(argv) == 0
-    return out / "demo" / "blister", argv
+    return out / "demo" / "fabric", argv
