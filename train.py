@@ -813,8 +813,7 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         print(f"{row['category']:<14}" + "".join(f"{cell(row.get(k)):>13}" for k in columns))
     if len(rows) > 1:
-        means = {k: [row[k] for row in rows if not math.isnan(row.get(k) or math.nan)]
-                 for k in columns}
+        means = {k: [row[k] for row in rows if cell(row.get(k)) != "-"] for k in columns}
         print(f"{'mean of ' + str(len(rows)):<14}"
               + "".join(f"{cell(np.mean(v) if v else None):>13}" for v in means.values()))
 
