@@ -6,7 +6,9 @@ masks and texture sources for the synthetic anomalies. Nothing here trains or wr
 import csv
 import difflib
 import os
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +47,22 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that says what, where, and what to do."""
 
 
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Do a command's work. Returns its status, 2 for a user's mistake (said in a line), 130 for Ctrl-C.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}",
+                                                                   file=sys.stderr)
+            return work() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
 @dataclass(frozen=True)
 class Item:
     """A test image: label 1 is defective; mask is None where it is normal or not annotated."""
@@ -63,6 +81,11 @@ class Category:
     train: list[Path]
     test: list[Item] = field(default_factory=list)
     annotated: bool = True
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N] in {0, 1}, 1 for the defective images of the test set."""
+        return np.array([item.label for item in self.test], int)
 
 
 # ---------------------------------------------------------------- finding and listing
@@ -194,15 +217,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: Path, resize: int, crop: int) -> np.ndarray:
+def preprocess(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     """Section 4.3's preprocessing: resize x resize (the aspect is not kept), then the centre crop.
 
-    Returns uint8 [3, crop, crop]; `perlin.scale` brings it to [-1, 1].
+    image: RGB of any size. Returns uint8 [3, crop, crop]; `perlin.scale` brings it to [-1, 1].
     """
-    image = to_rgb(open_image(path)).resize((resize, resize), Image.Resampling.BILINEAR)
+    image = image.resize((resize, resize), Image.Resampling.BILINEAR)
     edge = (resize - crop) // 2
     image = image.crop((edge, edge, edge + crop, edge + crop))
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def load_image(path: Path, resize: int, crop: int) -> np.ndarray:
+    """The image of a file, preprocessed, uint8 [3, crop, crop]. Raises InputError."""
+    return preprocess(to_rgb(open_image(path)), resize, crop)
 
 
 def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:

@@ -3,9 +3,11 @@
 AUPRO is written out because its definition matters; the rest is scikit-learn's. NumPy only.
 """
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from scipy.stats import beta
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 
@@ -97,16 +99,32 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
     return results
 
 
-def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> tuple[float, float]:
-    """A threshold for image scores from normal images alone, and the false-alarm rate it promises.
+class Threshold(NamedTuple):
+    """A score above `value` is an alarm; on normal images that happens at `rate`, on average over
+    held-out samples of this size, and for this very sample within `low`..`high` (95 %)."""
+    value: float
+    rate: float
+    low: float
+    high: float
 
-    The k-th largest of n held-out scores, k = floor(false_alarms (n + 1)), is exceeded by a new
-    normal image with probability k / (n + 1) on average over such samples. With too few images for
-    the rate asked for (k = 0) the largest score is taken, and the rate promised is 1 / (n + 1).
-    A score above the threshold is an alarm. Raises ValueError without scores.
+
+def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05,
+                     n: int | None = None) -> Threshold:
+    """A threshold from scores of normal images (or pixels) alone.
+
+    The k-th largest of n scores, k = floor(false_alarms (n + 1)), is exceeded by a new one with
+    probability k / (n + 1) on average; given the sample, that probability is Beta(k, n + 1 - k)
+    distributed. With too few scores for the rate asked for (k = 0) the largest is taken. scores:
+    all n of them, or the largest of n. Raises ValueError where there are none, or where so few of
+    the n are given that the k-th is not among them.
     """
     ordered = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
-    if len(ordered) == 0:
+    n = n or len(ordered)
+    if n == 0:
         raise ValueError("a threshold needs scores of normal images")
-    k = max(1, int(np.floor(false_alarms * (len(ordered) + 1) + 1e-9)))
-    return float(ordered[k - 1]), k / (len(ordered) + 1)
+    k = max(1, int(np.floor(false_alarms * (n + 1) + 1e-9)))
+    if k > len(ordered):
+        raise ValueError(f"a false-alarm rate of {false_alarms} needs the {k} largest scores of "
+                         f"{n}, and {len(ordered)} are kept")
+    low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
+    return Threshold(float(ordered[k - 1]), k / (n + 1), float(low), float(high))

@@ -145,7 +145,8 @@ def test_a_complete_test_set_gives_no_warning():
                                                       (10, 0.05, 1, 1 / 11), (1, 0.5, 1, 0.5)])
 def test_threshold_from_normal_scores(n, asked, rank, promised):
     scores = np.random.default_rng(0).permutation(n).astype(float)
-    threshold, rate = metrics.normal_threshold(scores, asked)
+    threshold, rate, low, high = metrics.normal_threshold(scores, asked)
+    assert low < rate < high
     assert threshold == n - rank and rate == pytest.approx(promised)
 
 
@@ -159,3 +160,19 @@ def test_threshold_keeps_its_promise_on_average():
 def test_threshold_needs_scores():
     with pytest.raises(ValueError, match="normal images"):
         metrics.normal_threshold([])
+
+
+def test_threshold_from_the_largest_scores_alone():
+    scores = np.random.default_rng(0).permutation(1000)
+    assert metrics.normal_threshold(scores[scores >= 900], 0.05, 1000) \
+        == metrics.normal_threshold(scores, 0.05)
+    with pytest.raises(ValueError, match="50 largest scores of 1000, and 10 are kept"):
+        metrics.normal_threshold(scores[scores >= 990], 0.05, 1000)
+
+
+def test_threshold_interval_holds_the_rate_of_this_sample():
+    """Uniform scores: the rate of a sample is one minus its threshold; 95 % lie in the interval."""
+    rng = np.random.default_rng(0)
+    found = [metrics.normal_threshold(rng.random(30), 0.1) for _ in range(4000)]
+    assert all((t.low, t.high) == (found[0].low, found[0].high) for t in found)
+    assert np.mean([t.low < 1 - t.value < t.high for t in found]) == pytest.approx(0.95, abs=0.01)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
+from settings import Settings, parse
 import transfusion
 
 ROOT = Path(train.__file__).parent
@@ -29,7 +30,7 @@ def test_the_first_two_commands():
 def test_commands_parse(command):
     words = shlex.split(command)
     assert words[:2] == ["python", "train.py"] and (ROOT / "train.py").is_file()
-    settings, _ = train.parse(words[2:])
+    settings, _ = parse(words[2:])
     assert settings.category
 
 
@@ -46,7 +47,7 @@ def test_every_equation_is_where_the_index_says():
 
 
 def test_flags_and_links_exist():
-    fields = {name.replace("_", "-") for name in train.Settings.__dataclass_fields__}
+    fields = {name.replace("_", "-") for name in Settings.__dataclass_fields__}
     fields |= {"no-pe", "no-sim-mask", "eval", "eval-every", "resume", "weights", "help"}
     assert set(re.findall(r"--([a-zA-Z][a-zA-Z-]*)", README)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):

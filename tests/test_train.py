@@ -20,6 +20,9 @@ from PIL import Image
 import data
 import metrics
 import train
+from runs import load_model
+from score import score_maps
+from settings import Settings, parse
 from test_demo import mean_std_model
 from test_transfusion import authors_state
 
@@ -102,7 +105,7 @@ def test_the_log_has_a_row_an_epoch_and_the_losses_fall(small):
 
 def test_metrics_can_be_computed_again_from_the_maps(small, demo_root):
     folder, _ = small
-    s = train.Settings(**json.loads((folder / "config.json").read_text()))
+    s = Settings(**json.loads((folder / "config.json").read_text()))
     with np.load(folder / "maps.npz") as file:
         maps = {name: file[name] for name in file.files}
     assert set(maps) == {"M_disc", "M_recon", "M_last"}
@@ -110,7 +113,7 @@ def test_metrics_can_be_computed_again_from_the_maps(small, demo_root):
     category = data.find_category("demo", "fabric", demo_root)
     masks = np.stack([data.load_mask(item, 256, 256) for item in category.test])
     labels = np.array([item.label for item in category.test])
-    found, scores = train.score_maps(maps, labels, masks, s)
+    found, scores = score_maps(maps, labels, masks, s)
     written = json.loads((folder / "metrics.json").read_text())
     assert {k: written[k] for k in found} == found
     with open(folder / "scores.csv") as file:
@@ -273,7 +276,7 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
     assert train.main([*argv, str(tmp_path / "bolt_model.pkl")]) == 0
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert json.loads((folder / "metrics.json").read_text())["infer_steps"] == 18
-    model, *_ = train.load_model(folder / "last.pt", torch.device("cpu"))
+    model, *_ = load_model(folder / "last.pt", torch.device("cpu"))
     assert torch.equal(model.net.normal_head.weight, authors_state()["model.final_mean.weight"])
     refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
             "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
@@ -282,15 +285,15 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
 
 def test_without_a_gpu_the_cpu_preset_is_taken_and_said(parts, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    s, _ = train.parse(["--data", "mvtec", "--category", "cable"])
+    s, _ = parse(["--data", "mvtec", "--category", "cable"])
     assert s.preset == "cpu" and "no GPU" in capsys.readouterr().out
-    s, _ = train.parse(["--data", "mvtec", "--category", "cable", "--preset", "paper"])
+    s, _ = parse(["--data", "mvtec", "--category", "cable", "--preset", "paper"])
     assert (s.T, s.resize, s.crop, s.batch, s.lr, s.epochs, s.lr_drop) == (20, 256, 224, 8, 1e-5,
                                                                          1500, 800)
 
 
 def test_the_learning_rate_of_the_paper():
-    s = train.Settings()
+    s = Settings()
     rates = [train.learning_rate(s, epoch * 26, 1500 * 26, 26) for epoch in (0, 799, 800, 1499)]
     assert rates == pytest.approx([1e-5, 1e-5, 1e-6, 1e-6])
 
@@ -300,7 +303,7 @@ def test_help_shows_every_field(capsys):
         train.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for f in dataclasses.fields(train.Settings):
+    for f in dataclasses.fields(Settings):
         assert "--" + f.name.replace("_", "-") in out
 
 

@@ -1,0 +1,255 @@
+"""A trained model on new images: heat maps, restored images, scores, verdicts and regions.
+
+    python predict.py runs/mvtec/cable photos/ --out found/
+
+`inspect` does the same for images in memory. Training is train.py's, thresholds score.py's.
+"""
+import argparse
+import dataclasses
+import glob
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+from tqdm import tqdm
+
+import perlin
+from data import InputError, exit_status, list_images, open_image, preprocess, to_rgb
+from runs import load_model, make_folder, save_atomically, save_csv
+from score import in_words, thresholds
+from settings import Settings, pick_device
+from transfusion import TransFusion, anomaly_score, final_mask
+
+SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
+REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
+
+
+class Inspection(NamedTuple):
+    """What the model finds in one image of H x W pixels.
+
+    score: Eq. 11; M_final: Eq. 10, float32 [H, W], NaN where the centre crop leaves the image out;
+    restored: uint8 [H, W, 3], the image itself there.
+    """
+    score: float
+    M_final: np.ndarray
+    restored: np.ndarray
+
+
+def inspect(model: TransFusion, s: Settings, images: list[np.ndarray],
+            infer_steps: int = 0) -> list[Inspection]:
+    """Inspect a batch of images, uint8 [H, W, 3] RGB each, of any sizes.
+
+    s: the settings of the run (`load_model` returns them); infer_steps: network calls, 0 for the
+    run's. Maps and restorations come back at each image's own size and position.
+    """
+    device = next(model.parameters()).device
+    ready = np.stack([preprocess(Image.fromarray(image), s.resize, s.crop) for image in images])
+    x = perlin.scale(torch.tensor(ready).to(device))
+    found = model.restore(x, infer_steps or s.infer_steps)
+    M_final = final_mask(found.M_disc, found.M_recon, s.lam, s.kernel)
+    scores = anomaly_score(M_final).tolist()
+    maps, x_0 = M_final[:, 0].cpu().numpy(), found.x_0.cpu()
+    return [Inspection(score, *uncrop(image, M, restored, s))
+            for image, score, M, restored in zip(images, scores, maps, x_0)]
+
+
+def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
+           s: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Undo the centre crop and the resize of M_final [crop, crop] and x_0 [3, crop, crop].
+
+    Returns the map, float32 [H, W], and the restored image, uint8 [H, W, 3], of `image`'s size.
+    """
+    H, W, _ = image.shape
+    edge = (s.resize - s.crop) / 2 / s.resize
+    top, left = round(edge * H), round(edge * W)
+    bottom, right = H - top, W - left
+    size = (right - left, bottom - top)
+    full, restored = np.full((H, W), np.nan, np.float32), image.copy()
+    full[top:bottom, left:right] = Image.fromarray(M_final).resize(size, Image.Resampling.BILINEAR)
+    pixels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    restored[top:bottom, left:right] = Image.fromarray(pixels).resize(size,
+                                                                      Image.Resampling.BILINEAR)
+    return full, restored
+
+
+def heat_map(image: np.ndarray, M_final: np.ndarray, top: float) -> Image.Image:
+    """The map over the grey image, colours from 0 to `top`; what was not inspected is hatched."""
+    from matplotlib import colormaps
+    share = np.clip(np.nan_to_num(M_final) / top, 0, 1)
+    colours = colormaps["inferno"](share)[..., :3] * 255
+    grey = image.mean(-1, keepdims=True).repeat(3, -1)
+    alpha = 0.8 * np.sqrt(share)[..., None]
+    shown = (1 - alpha) * grey + alpha * colours
+    rows, columns = np.indices(M_final.shape)
+    hatched = np.isnan(M_final) & ((rows + columns) // 4 % 2 == 0)
+    shown[hatched] = 0.5 * shown[hatched] + 64
+    return Image.fromarray(shown.round().astype(np.uint8))
+
+
+def regions(file: str, M_final: np.ndarray, threshold: float) -> list[dict]:
+    """A row for each 8-connected region of the map above the threshold, the highest first.
+
+    x, y: the box's left and top, in pixels of the image; area in pixels; peak: the map's maximum.
+    """
+    above = np.nan_to_num(M_final) > threshold
+    labels, _ = ndimage.label(above, np.ones((3, 3)))
+    rows = []
+    for k, (rows_of, columns_of) in enumerate(ndimage.find_objects(labels), 1):
+        inside = labels[rows_of, columns_of] == k
+        rows.append({"file": file, "x": columns_of.start, "y": rows_of.start,
+                     "width": columns_of.stop - columns_of.start,
+                     "height": rows_of.stop - rows_of.start, "area": int(inside.sum()),
+                     "peak": f"{M_final[rows_of, columns_of][inside].max():.6g}"})
+    return sorted(rows, key=lambda row: -float(row["peak"]))
+
+
+# ---------------------------------------------------------------- the command
+
+def find_images(given: list[str]) -> list[Path]:
+    """The files named, those of folders (searched through) and of globs. Raises InputError."""
+    found = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            some = [image for folder in sorted([path, *(p for p in path.rglob("*") if p.is_dir())])
+                    for image in list_images(folder)]
+        elif path.exists():
+            some = [path]
+        else:
+            some = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
+        if not some:
+            raise InputError(f"{name}: no image there; give image files, folders or globs")
+        found += some
+    return list(dict.fromkeys(path.absolute() for path in found))
+
+
+def tiff_place(file: Path, name: str) -> str:
+    """CATEGORY/test/DEFECT/NNN.tiff for an image of such a tree, else its own name."""
+    if len(file.parts) > 3 and file.parts[-3] == "test":
+        return "/".join((*file.parts[-4:-1], file.stem + ".tiff"))
+    return name + ".tiff"
+
+
+def predict(argv: list[str] | None = None) -> int:
+    """Inspect the images and write what was found. Returns 1 if some could not be read, else 0.
+
+    Raises InputError where nothing can be done at all.
+    """
+    flags = parse(argv)
+    run = Path(flags.run)
+    device = pick_device(flags.device)
+    model, s, state = load_model(run / "last.pt" if run.is_dir() else run, device)
+    s = dataclasses.replace(s, **{k: getattr(flags, k) for k in ("false_alarms",
+                            "pixel_false_alarms", "infer_steps") if getattr(flags, k) is not None})
+    try:
+        steps = len(model.steps(s.infer_steps)) - 1
+    except ValueError as error:
+        raise InputError(f"--infer-steps {s.infer_steps}: {error}")
+    image_threshold, pixel_threshold = say_thresholds(state.get("normal"), s, steps)
+    files = find_images(flags.images)
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    out = Path(flags.out)
+    make_folder(out)
+
+    scores, found, unread = [], [], []
+    with tqdm(total=len(files), unit="image") as bar:
+        for start in range(0, len(files), flags.batch):
+            batch = []
+            for file in files[start:start + flags.batch]:
+                try:
+                    batch.append((file, np.array(to_rgb(open_image(file)))))
+                except InputError as error:
+                    unread.append(file)
+                    bar.write(f"error: {error}", file=sys.stderr)
+            done = inspect(model, s, [image for _, image in batch]) if batch else []
+            for (file, image), result in zip(batch, done):
+                name = file.relative_to(common).as_posix()
+                verdict = "" if image_threshold is None else \
+                    "defective" if result.score > image_threshold else "normal"
+                scores.append({"file": name, "score": f"{result.score:.6g}", "verdict": verdict,
+                               "threshold": "" if image_threshold is None
+                               else f"{image_threshold:.6g}"})
+                if pixel_threshold is not None:
+                    found += regions(name, result.M_final, pixel_threshold)
+                write_pictures(out, name, image, result, image_threshold)
+                if flags.maps == "tiff":
+                    save_image(out / "maps" / tiff_place(file, name),
+                               Image.fromarray(np.nan_to_num(result.M_final)))
+            save_csv(out / "scores.csv", scores, SCORE_COLUMNS)
+            save_csv(out / "regions.csv", found, REGION_COLUMNS)
+            bar.update(min(flags.batch, len(files) - start))
+    defective = sum(row["verdict"] == "defective" for row in scores)
+    print(f"{len(scores)} images inspected"
+          + (f", {defective} defective" if image_threshold is not None else ", no verdicts")
+          + (f", {len(unread)} could not be read" if unread else "")
+          + f"; scores.csv, regions.csv, heatmaps and restored are in {out}")
+    return 1 if unread else 0
+
+
+def say_thresholds(normal: dict | None, s: Settings,
+                   steps: int) -> tuple[float | None, float | None]:
+    """The two thresholds of a checkpoint, printed with what they promise; None without any."""
+    if not normal:
+        print("this model was trained without held-out images (--hold-out), so there is no "
+              "threshold: scores only")
+        return None, None
+    image, pixel = thresholds(normal, s)
+    print(in_words(image, len(normal["images"])))
+    if steps != normal["infer_steps"]:
+        print(f"warning: the threshold belongs to {normal['infer_steps']} network calls, not to "
+              f"{steps}; scores shift a little", file=sys.stderr)
+    return image.value, pixel.value
+
+
+def write_pictures(out: Path, name: str, image: np.ndarray, result: Inspection,
+                   threshold: float | None) -> None:
+    top = max(2 * threshold if threshold else 0.5, 1e-6)
+    save_image(out / "heatmaps" / f"{name}.png", heat_map(image, result.M_final, top))
+    save_image(out / "restored" / f"{name}.png", Image.fromarray(result.restored))
+
+
+def save_image(path: Path, picture: Image.Image) -> None:
+    make_folder(path.parent)
+    save_atomically(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Inspect images with a trained model.")
+    parser.add_argument("run", metavar="RUN", help="a run folder, or a checkpoint")
+    parser.add_argument("images", metavar="IMAGES", nargs="+",
+                        help="files, folders (searched through) or globs")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--maps", choices=("tiff",),
+                        help="also write the float maps, in MVTec's evaluation layout where the "
+                        "images lie in CATEGORY/test/DEFECT; 0 where not inspected")
+    parser.add_argument("--infer-steps", type=int, metavar="K",
+                        help="network calls an image (default: the run's)")
+    parser.add_argument("--false-alarms", type=float, metavar="RATE",
+                        help="false-alarm rate of the image threshold (default: the run's)")
+    parser.add_argument("--pixel-false-alarms", type=float, metavar="RATE",
+                        help="share of normal pixels above the pixel threshold")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--batch", type=int, default=8, help="images at a time (default 8)")
+    flags = parser.parse_args(argv)
+    if flags.batch < 1:
+        raise InputError(f"--batch {flags.batch}: must be at least 1")
+    for name in ("false_alarms", "pixel_false_alarms"):
+        rate = getattr(flags, name)
+        if rate is not None and not 0 <= rate <= 1:
+            raise InputError(f"--{name.replace('_', '-')} {rate}: must lie in 0..1")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 1 where an image could not be read, 2, 130."""
+    return exit_status(lambda: predict(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What a run reads and keeps: its data, its folder, its files, its checkpoints.
+
+A file is written whole or not at all; a checkpoint rebuilds its model by itself.
+"""
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+from data import InputError
+from settings import NOT_COMPARED, Settings, build_model
+from transfusion import TransFusion
+
+try:
+    import fcntl
+except ImportError:                                                  # Windows
+    fcntl = None
+
+FORMAT = 1                                          # version of the checkpoint's layout
+
+
+# ---------------------------------------------------------------- data of a run
+
+@dataclass
+class Source:
+    """What a run reads: normal images with their foreground, textures, and the test set."""
+    category: data.Category
+    images: data.Images
+    train: np.ndarray                       # indices into images, and those held out
+    held_out: np.ndarray
+    foreground: Tensor                      # bool [N, 1, H, W]
+    textures: data.Textures
+    test: data.Images
+    masks: np.ndarray | None                # bool [N, grid, grid], None without ground truth
+    notes: list[str]
+
+
+def load_source(s: Settings, training: bool = True) -> Source:
+    """Read and check everything a run needs, before anything is trained. Raises InputError."""
+    root = Path(s.root) if s.root else data.default_root()
+    category = data.find_category(s.data, s.category, root)
+    limit = s.memory_gb * 1e9
+    images = data.Images(category.train, s.resize, s.crop, limit, "training images", True)
+    test = data.Images([item.path for item in category.test], s.resize, s.crop,
+                       limit - images.bytes, "test images", True)
+    grid, side = 256, scoring_side(s)
+    masks = None
+    if category.annotated and category.test:
+        masks = np.stack([data.load_mask(item, grid, side) for item in category.test])
+    held = round(s.hold_out * len(images))
+    if s.hold_out and len(images) > 1:
+        held = min(max(held, 1), len(images) - 1)
+    order = np.random.default_rng(s.seed).permutation(len(images))
+    foreground, found = torch.ones(len(images), 1, 1, 1, dtype=torch.bool), ""
+    if training:
+        foreground, found = data.foreground_masks(images, category.train, s.category, s.foreground,
+                                                  True)
+    textures = data.Textures(root, s.crop)
+    kept = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
+    notes = [f"{len(images) - held} normal images to train on, {held} held out, {len(test)} to "
+             f"test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {kept})", f"foreground: {found}",
+             f"textures: {textures.source}"]
+    return Source(category, images, order[held:], order[:held], foreground, textures, test, masks,
+                  notes)
+
+
+def scoring_side(s: Settings) -> int:
+    """Side of the scoring grid: 256, less what the crop takes away."""
+    return round(256 * s.crop / s.resize)
+
+
+def steps_per_epoch(s: Settings, source: Source) -> int:
+    return max(1, len(source.train) // s.batch)
+
+
+# ---------------------------------------------------------------- files
+
+def save_atomically(path: Path, write) -> None:
+    """write(file) into a neighbour of `path`, then rename: `path` is whole, old or new.
+
+    Raises InputError when the disk does not take it; the neighbour is removed.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        cause = (isinstance(error, RuntimeError) and error.__context__) or error
+        raise InputError(f"{path}: cannot be written ({cause}); make room and use --resume")
+
+
+def save_json(path: Path, content: dict) -> None:
+    text = json.dumps({k: None if isinstance(v, float) and math.isnan(v) else v
+                       for k, v in content.items()}, indent=2)
+    save_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns or rows[0].keys(), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    save_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); remove it or give --name")
+
+
+# ---------------------------------------------------------------- the run folder
+
+def run_folder(s: Settings) -> Path:
+    label = s.data if s.data in data.FOLDERS else Path(s.data).resolve().name
+    return Path(s.out) / label / (s.category + (f"-{s.name}" if s.name else ""))
+
+
+def refuse_other_run(folder: Path, s: Settings) -> None:
+    """Raise InputError if the folder holds a run with other settings than these."""
+    if not (folder / "config.json").exists():
+        return
+    there, here = read_json(folder / "config.json"), dataclasses.asdict(s)
+    other = [f"{k} {there[k]} there, {here[k]} here" for k in here
+             if k not in NOT_COMPARED and k in there and there[k] != here[k]]
+    if other:
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(other[:4])}); "
+                         f"give this one a --name")
+
+
+@contextmanager
+def locked(folder: Path):
+    """Make the folder and hold it: a second process that wants it is refused with InputError.
+
+    The lock ends with the process, however it ends. Of several ranks the first holds it. Where
+    the system has no such locks (Windows) nothing is held.
+    """
+    make_folder(folder)
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(f"{folder} is in use by another process; wait for it, or give --name")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error}); choose another --out")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def load_torch(path: Path) -> dict:
+    """torch.load of plain types and tensors only. Raises InputError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist")
+    except Exception as error:
+        first = str(error).split("\n")[0][:120]
+        raise InputError(f"{path} is not a checkpoint ({type(error).__name__}: {first})")
+
+
+def save_checkpoint(path: Path, s: Settings, model: TransFusion, ema, optimizer, progress: dict):
+    state = {"format": FORMAT, "settings": dataclasses.asdict(s), "model": model.state_dict(),
+             "ema": ema.module.state_dict() if ema else None,
+             "optimizer": optimizer.state_dict() if optimizer else None, **progress}
+    save_atomically(path, lambda file: torch.save(state, file))
+
+
+def add_to_checkpoint(path: Path, **content) -> None:
+    """Write the checkpoint again with more in it."""
+    state = {**load_torch(path), **content}
+    save_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path) -> tuple[Settings, dict]:
+    """Settings and content of a checkpoint of ours. Raises InputError that says what it is not."""
+    state = load_torch(path)
+    if not isinstance(state, dict) or "format" not in state or "settings" not in state:
+        raise InputError(f"{path} is not a checkpoint of train.py; the authors' go to --weights")
+    if state["format"] > FORMAT:
+        raise InputError(f"{path} was written by a newer version (format {state['format']}, this "
+                         f"one reads up to {FORMAT}); update the code")
+    known = {f.name for f in dataclasses.fields(Settings)}
+    return Settings(**{k: v for k, v in state["settings"].items() if k in known}), state
+
+
+def load_state(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise InputError(f"{path} holds another architecture: {first[:160]}")
+
+
+def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings, dict]:
+    """The trained model of a checkpoint (its averaged weights where it has them), to be used."""
+    s, state = load_checkpoint(path)
+    model = build_model(s)
+    load_state(model, state["ema"] or state["model"], path)
+    return model.to(device).eval(), s, state

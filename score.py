@@ -1,0 +1,202 @@
+"""Scores a model on a test set: restorations, maps, metrics, the threshold, the picture.
+
+Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies between.
+"""
+import math
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import metrics
+import perlin
+from data import InputError
+from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
+                  steps_per_epoch)
+from settings import Settings
+from transfusion import TransFusion, anomaly_score, final_mask
+
+
+def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
+    """Restore images[indices] batch by batch: yields each batch's place and its Restoration."""
+    device = next(model.parameters()).device
+    model.eval()
+    with tqdm(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
+        for start in range(0, len(indices), s.eval_batch):
+            chosen = indices[start:start + s.eval_batch]
+            x = perlin.scale(images[chosen].to(device))
+            yield slice(start, start + len(chosen)), model.restore(x, s.infer_steps)
+            bar.update(len(chosen))
+
+
+def raw_maps(model: TransFusion, images: data.Images, indices,
+             s: Settings) -> dict[str, np.ndarray]:
+    """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
+    maps = {name: np.empty((len(indices), s.crop, s.crop), np.float32)
+            for name in ("M_disc", "M_recon", "M_last")}
+    for place, restored in restore_all(model, images, indices, s):
+        for name in maps:
+            maps[name][place] = getattr(restored, name)[:, 0].cpu().numpy()
+    return maps
+
+
+def final_maps(maps: dict[str, np.ndarray], s: Settings) -> Tensor:
+    """M_final [N, 1, H, W] of Eq. 10, or one of its parts alone (Table 4), from raw maps."""
+    M_disc, M_recon, M_last = (torch.from_numpy(maps[name])[:, None]
+                               for name in ("M_disc", "M_recon", "M_last"))
+    if s.final_mask == "last":
+        M_disc = M_last
+    lam = {"combined": s.lam, "recon": 0.0}.get(s.final_mask, 1.0)
+    return final_mask(M_disc, M_recon, lam, s.kernel)
+
+
+def score_maps(maps: dict[str, np.ndarray], labels: np.ndarray, masks: np.ndarray | None,
+               s: Settings) -> tuple[dict[str, float], np.ndarray]:
+    """Metrics of raw maps, and the image scores [N]. Pixels are compared on the scoring grid."""
+    M_final = final_maps(maps, s)
+    scores = anomaly_score(M_final).numpy()
+    side = scoring_side(s)
+    on_grid = F.interpolate(M_final, (side, side), mode="bilinear")[:, 0].numpy()
+    return metrics.evaluate(labels, scores, on_grid, masks), scores
+
+
+def score(model: TransFusion, s: Settings, source: Source):
+    """Restore and score the test set: metrics, raw maps, image scores, seconds an image."""
+    start = time.perf_counter()
+    maps = raw_maps(model, source.test, range(len(source.test)), s)
+    seconds = (time.perf_counter() - start) / len(source.test)
+    found, scores = score_maps(maps, source.category.labels, source.masks, s)
+    return found, maps, scores, seconds
+
+
+KEPT = 0.1                               # share of the normal pixels' scores kept: the largest
+
+
+def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | None:
+    """Scores of the held-out normal images, from which thresholds are taken; None without any.
+
+    {"images": [float], "pixels": float32 tensor, the largest KEPT of all pixels' M_final,
+    "pixel_count": of how many, "infer_steps": network calls}: plain types, for the checkpoint.
+    """
+    if len(source.held_out) == 0:
+        return None
+    M_final = final_maps(raw_maps(model, source.images, source.held_out, s), s)
+    pixels = M_final.flatten()
+    return {"images": anomaly_score(M_final).tolist(), "pixel_count": len(pixels),
+            "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values.clone(),
+            "infer_steps": len(model.steps(s.infer_steps)) - 1}
+
+
+def thresholds(normal: dict, s: Settings) -> tuple[metrics.Threshold, metrics.Threshold]:
+    """The image threshold and the pixel threshold of `normal_scores`, by the same rule.
+
+    Raises InputError for a rate of pixels above KEPT.
+    """
+    image = metrics.normal_threshold(normal["images"], s.false_alarms)
+    try:
+        pixel = metrics.normal_threshold(normal["pixels"].numpy(), s.pixel_false_alarms,
+                                         normal["pixel_count"])
+    except ValueError as error:
+        raise InputError(f"--pixel-false-alarms {s.pixel_false_alarms}: {error}")
+    return image, pixel
+
+
+def in_words(image: metrics.Threshold, count: int) -> str:
+    """What an image threshold from `count` normal images promises, and how surely."""
+    return (f"threshold {image.value:.4f} from {count} held-out normal image"
+            f"{'s' if count > 1 else ''}: about {100 * image.rate:.1f} % of normal parts will be "
+            f"called defective (with so few images anything from {100 * image.low:.1f} to "
+            f"{100 * image.high:.1f} % is plausible)")
+
+
+def alarm_rates(normal: dict | None, s: Settings, labels: np.ndarray, scores: np.ndarray) -> dict:
+    """The thresholds from the held-out normal images, and what the first does on the test set."""
+    found = dict.fromkeys(("threshold", "pixel_threshold", "false_alarms_promised",
+                           "false_alarm_rate", "detection_rate", "image_f1"))
+    found["threshold_images"] = len(normal["images"]) if normal else 0
+    if normal:
+        image, pixel = thresholds(normal, s)
+        alarms = scores > image.value
+        found.update(threshold=image.value, pixel_threshold=pixel.value,
+                     false_alarms_promised=image.rate, image_f1=f1_score(labels, alarms))
+        for label, name in ((0, "false_alarm_rate"), (1, "detection_rate")):
+            if (labels == label).any():
+                found[name] = float(alarms[labels == label].mean())
+    return found
+
+
+def write_results(folder: Path, model: TransFusion, s: Settings, source: Source, progress: dict,
+                  normal: dict | None, suffix: str = "") -> dict:
+    """Score the model and write metrics[suffix].json; without a suffix the other files too."""
+    found, maps, scores, seconds = score(model, s, source)
+    found.update(alarm_rates(normal, s, source.category.labels, scores))
+    per_epoch = steps_per_epoch(s, source)
+    found.update(data=source.category.data, category=s.category, preset=s.preset, seed=s.seed,
+                 step=progress["step"], epoch=math.ceil(progress["step"] / per_epoch),
+                 seconds_train=round(progress["seconds"], 1), seconds_per_image=seconds,
+                 infer_steps=len(model.steps(s.infer_steps)) - 1, precision=s.precision,
+                 device=s.device, hardware=hardware(s), torch=torch.__version__)
+    if not suffix:
+        save_csv(folder / "scores.csv",
+                 [{"file": item.path.relative_to(source.category.root).as_posix(),
+                   "label": item.label, "score": f"{value:.9g}"}
+                  for item, value in zip(source.category.test, scores)])
+        save_atomically(folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
+        save_atomically(folder / "qualitative.png",
+                        lambda file: draw_qualitative(file, model, s, source, maps))
+    save_json(folder / f"metrics{suffix}.json", found)
+    return found
+
+
+def hardware(s: Settings) -> str:
+    if s.device.startswith("cuda"):
+        return torch.cuda.get_device_name(s.device)
+    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] \
+        if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return f"{found[0] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps: dict,
+                     of_each: int = 2) -> None:
+    """For some test images of each kind: input, restoration, map over image, map, truth."""
+    from matplotlib.figure import Figure
+    items = source.category.test
+    kinds = sorted({item.defect for item in items}, key=lambda kind: (kind in data.GOOD, kind))
+    shown = [k for kind in kinds
+             for k in [k for k, item in enumerate(items) if item.defect == kind][:of_each]]
+    M_final = final_maps(maps, s)[:, 0].numpy()
+    top = float(M_final.max())
+    restored = torch.cat([part.x_0.cpu() for _, part in restore_all(model, source.test, shown, s)])
+
+    def picture(image: Tensor) -> np.ndarray:
+        return image.permute(1, 2, 0).numpy()
+
+    titles = ["image", "restoration", "map over image", "anomaly map", "ground truth"]
+    figure = Figure(figsize=(10, 2 * len(shown) + 0.8), layout="constrained")
+    axes = figure.subplots(len(shown), 5, squeeze=False)
+    for row, k, image, x_0 in zip(axes, shown, source.test[shown], restored):
+        truth = source.masks[k] if source.masks is not None else None
+        row[0].imshow(picture(image))
+        row[1].imshow(picture(x_0.clamp(-1, 1) / 2 + 0.5))
+        row[2].imshow(picture(image).mean(-1), cmap="gray", vmin=0, vmax=255)
+        row[2].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top,
+                      alpha=0.8 * np.sqrt(M_final[k] / top))
+        shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)
+        if truth is not None:
+            row[4].imshow(truth, cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(f"{items[k].defect}\n{items[k].path.stem}", fontsize=8)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(shade, ax=axes, location="bottom", shrink=0.4, aspect=30, pad=0.01,
+                    label="M_final (Eq. 10)")
+    figure.savefig(file, format="png", dpi=80)

@@ -1,0 +1,220 @@
+"""The settings of a run: one dataclass whose fields are the flags, the presets, the command line.
+
+Defaults are the paper's (section 4.3); a preset changes some of them, a flag any.
+"""
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from data import InputError
+from transfusion import TransFusion
+
+
+def setting(default, help: str, group: str, choices=None):
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on; the defaults are the paper's. Each field is a flag."""
+    data: str = setting("demo", "mvtec, visa, btad, demo, or a folder of categories", "run")
+    category: str = setting("", "the category, or all (demo: fabric)", "run")
+    root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data)", "run")
+    out: str = setting("runs", "where run folders go", "run")
+    name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
+    preset: str = setting("", "settings taken together; flags override it", "run",
+                          ("paper", "authors", "cpu", "quick"))
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...", "run")
+    seed: int = setting(0, "seed of everything random", "run")
+    memory_gb: float = setting(4.0, "images beyond this are read from disk at every use", "run")
+
+    resize: int = setting(256, "images are resized to this side, in pixels", "training")
+    crop: int = setting(224, "then cropped to this centre", "training")
+    foreground: str = setting("auto", "where anomalies are put: auto, none or a folder of masks",
+                              "training")
+    rotation: float = setting(90.0, "rotation augmentation, degrees to either side", "training")
+    channels: int = setting(64, "width of the network at full resolution", "training")
+    batch: int = setting(8, "images a step, half of them made anomalous", "training")
+    epochs: int = setting(1500, "passes over the training images", "training")
+    steps: int = setting(0, "optimiser steps; instead of --epochs if not 0", "training")
+    init: str = setting("default", "initial weights: torch's, or those that return the input",
+                        "training", ("default", "identity"))
+    lr: float = setting(1e-5, "AdamW's learning rate", "training")
+    attention_lr: float = setting(1.0, "factor on the learning rate of the attention layers",
+                                  "training")
+    lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
+                               "training", ("step", "cosine"))
+    lr_drop: int = setting(800, "epoch of the step schedule's drop", "training")
+    warmup: int = setting(0, "steps of linear warm-up", "training")
+    weight_decay: float = setting(0.01, "AdamW's weight decay", "training")
+    clip: float = setting(0.0, "bound on the gradient's norm; 0 for none", "training")
+    ema: float = setting(0.0, "decay of the weights' average, which is scored; 0 for none",
+                         "training")
+    precision: str = setting("auto", "of the network; auto: bf16 where it is fast", "training",
+                             ("auto", "bf16", "float32"))
+    hold_out: float = setting(0.0, "share of normal images kept for the threshold", "training")
+    checkpoint_every: int = setting(1000, "steps between checkpoints", "training")
+
+    T: int = setting(20, "steps of the transparency process", "method")
+    schedule: str = setting("linear", "how the opacity grows with t", "method",
+                            ("linear", "quadratic", "root"))
+    pe: str = setting("2d", "positional encoding; --no-pe for none", "method",
+                      ("2d", "row", "none"))
+    sim_mask: bool = setting(True, "the guide: the network sees the previous mask", "method")
+    drop_loss: str = setting("", "leave out losses, letters of nmac (Eq. 5-8)", "method")
+    authors_schedule: bool = setting(False, "T values of beta, restoration from T - 2", "method")
+    anomaly_target: str = setting("eps", "what the anomaly head predicts", "method",
+                                  ("eps", "beta_eps"))
+    soft_consistency: bool = setting(True, "Eq. 8 on the soft mask, not the binary one", "method")
+
+    infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's",
+                               "scoring")
+    lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
+    kernel: int = setting(7, "side of Eq. 10's mean filter, pixels", "scoring")
+    final_mask: str = setting("combined", "which map is scored", "scoring",
+                              ("combined", "disc", "recon", "last"))
+    false_alarms: float = setting(0.05, "false-alarm rate the threshold aims at", "scoring")
+    pixel_false_alarms: float = setting(0.001, "share of normal pixels the pixel threshold lets "
+                                        "pass, at most 0.1", "scoring")
+    eval_batch: int = setting(16, "images restored at a time", "scoring")
+
+
+PRESETS = {
+    "paper": {},
+    "authors": dict(crop=256, rotation=20.0, pe="row", authors_schedule=True,
+                    anomaly_target="beta_eps", soft_consistency=False),
+    "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
+                attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
+                hold_out=0.1, checkpoint_every=200),
+    "quick": dict(resize=96, crop=96, rotation=10.0, channels=16, init="identity", steps=800,
+                  lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.99,
+                  hold_out=0.1, checkpoint_every=200),
+}
+# What does not change a run's numbers, so a finished run stays the same run under other values.
+NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every"}
+SCORING = [f.name for f in dataclasses.fields(Settings)
+           if f.metadata["group"] == "scoring" and f.name != "eval_batch"]
+
+
+def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+    """Settings of the command line, and the flags that say what to do with them.
+
+    Raises InputError; argparse's own errors exit with status 2.
+    """
+    presets = "\n".join(f"  {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items())
+                                         or "the values above") for name, changes in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
+        epilog=f"presets, where they differ from the paper:\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {name: parser.add_argument_group(name)
+              for name in ("run", "training", "method", "scoring")}
+    for f in dataclasses.fields(Settings):
+        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
+        source = "default" if meta["group"] == "run" else "paper"
+        shown = f"{meta['help']} ({source}: {f.default})" if f.default != "" else meta["help"]
+        if f.type is bool:
+            groups[meta["group"]].add_argument(flag, action=argparse.BooleanOptionalAction,
+                                               help=shown)
+        else:
+            groups[meta["group"]].add_argument(flag, type=f.type, choices=meta["choices"],
+                                               help=shown, metavar=None if meta["choices"] else
+                                               f.type.__name__.upper())
+    groups["method"].add_argument("--no-pe", dest="pe", action="store_const", const="none",
+                                  help="take the positional encoding out")
+    does = parser.add_argument_group("what to do")
+    does.add_argument("--eval", action="store_true", default=False,
+                      help="score the run's model again instead of training")
+    does.add_argument("--eval-every", type=int, default=0, metavar="N",
+                      help="also score every N epochs, to eval.csv")
+    does.add_argument("--resume", action="store_true", default=False,
+                      help="go on with the run where its last checkpoint stands")
+    does.add_argument("--weights", default="", metavar="FILE",
+                      help="start from a state dict in the authors' format")
+    given = vars(parser.parse_args(argv))
+    flags = argparse.Namespace(**{k: given.pop(k)
+                                  for k in ("eval", "eval_every", "resume", "weights")})
+    flags.given = set(given)
+    device = pick_device(given.get("device", "auto"))
+    preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
+    if given.get("data", "demo") == "demo":
+        given.setdefault("category", "fabric")
+    settings = Settings(**{**PRESETS[preset], **given, "preset": preset, "device": str(device)})
+    if settings.precision == "auto":
+        settings = dataclasses.replace(settings,
+                                       precision="bf16" if fast_bf16(device) else "float32")
+    check(settings)
+    return settings, flags
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    return device
+
+
+def default_preset(name: str, device: torch.device) -> str:
+    if name == "demo":
+        return "quick"
+    if device.type == "cuda":
+        return "paper"
+    print("no GPU: taking the cpu preset (--preset paper insists)")
+    return "cpu"
+
+
+def check(s: Settings) -> None:
+    """Refuse settings that cannot work. Raises InputError."""
+    for name in ("resize", "crop"):
+        value = getattr(s, name)
+        if value < 16 or value % 8:
+            raise InputError(f"--{name} {value}: must be a multiple of 8, at least 16; "
+                             f"the nearest is {max(16, round(value / 8) * 8)}")
+    if s.crop > s.resize:
+        raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
+    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("attention_lr", 0),
+                      ("T", 1), ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0),
+                      ("checkpoint_every", 1), ("clip", 0), ("seed", 0)):
+        if not getattr(s, name) >= low:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
+                             f"must be at least {low}")
+    for name, high in (("lam", 1), ("hold_out", 0.9), ("ema", 1), ("false_alarms", 1),
+                       ("pixel_false_alarms", 0.1)):
+        if not 0 <= getattr(s, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
+                             f"must lie in 0..{high}")
+    if s.channels < 8 or s.channels % 8:
+        raise InputError(f"--channels {s.channels}: must be a multiple of 8")
+    if s.kernel < 1 or s.kernel % 2 == 0:
+        raise InputError(f"--kernel {s.kernel}: must be odd and positive")
+    if set(s.drop_loss) - set("nmac") or len(set(s.drop_loss)) == 4:
+        raise InputError(f"--drop-loss {s.drop_loss}: up to three letters of nmac")
+    try:
+        build_model(dataclasses.replace(s, channels=8)).steps(s.infer_steps)
+    except ValueError as error:
+        raise InputError(f"--T {s.T} --infer-steps {s.infer_steps}: {error}")
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether this processor multiplies in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def build_model(s: Settings) -> TransFusion:
+    """The model of these settings, seeded, on the CPU."""
+    torch.manual_seed(s.seed)
+    model = TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
+                        s.anomaly_target, s.soft_consistency, bf16=s.precision == "bf16")
+    if s.init == "identity":
+        model.net.start_from_identity()
+    return model

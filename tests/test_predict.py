@@ -1,0 +1,196 @@
+"""predict.py on a small trained model: the files it writes, places, thresholds, bad input."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import metrics
+import predict
+import runs
+from settings import Settings, build_model
+
+
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def files_in(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def photos(demo_root, tmp_path):
+    """Eight test images of the demo as a user's photographs: two good ones, six defective."""
+    test = demo_root / "demo" / "fabric" / "test"
+    kinds = [p for p in sorted(test.iterdir()) if p.name != "good"]
+    chosen = sorted((test / "good").iterdir())[:2] + [sorted(k.iterdir())[j]
+                                                      for k in kinds[:3] for j in (0, 1)]
+    folder = tmp_path / "photos"
+    for k, path in enumerate(chosen):
+        target = folder / ("day 1" if k % 2 else "day 2") / f"{k}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def test_what_is_written(small, photos, tmp_path, capsys):
+    out = tmp_path / "found"
+    run = small[0]
+    assert predict.main([str(run), str(photos), "--out", str(out), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "from 8 held-out normal images" in printed and "8 images inspected" in printed
+    scores = rows_of(out / "scores.csv")
+    assert [row["file"] for row in scores] == sorted(
+        p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))
+    for row in scores:
+        above = float(row["score"]) > float(row["threshold"])
+        assert row["verdict"] == ("defective" if above else "normal")
+        for kind in ("heatmaps", "restored"):
+            with Image.open(out / kind / (row["file"] + ".png")) as picture:
+                assert picture.size == (256, 256)
+    written = json.loads((run / "metrics.json").read_text())
+    assert float(scores[0]["threshold"]) == pytest.approx(written["threshold"], rel=1e-5)
+    known = {row["file"]: float(row["score"]) for row in rows_of(run / "scores.csv")}
+    assert float(scores[0]["score"]) in [pytest.approx(v, abs=1e-4) for v in known.values()]
+
+
+def test_same_input_same_files(small, photos, tmp_path):
+    for name in ("a", "b"):
+        assert predict.main([str(small[0] / "last.pt"), str(photos), "--out", str(tmp_path / name),
+                             "--infer-steps", "2", "--maps", "tiff"]) == 0
+    a, b = files_in(tmp_path / "a"), files_in(tmp_path / "b")
+    assert a == b and len(a) == 2 + 3 * 8
+
+
+def test_regions_are_those_of_the_map(small, photos, tmp_path):
+    out = tmp_path / "found"
+    assert predict.main([str(small[0]), str(photos), "--out", str(out), "--maps", "tiff",
+                         "--infer-steps", "3", "--pixel-false-alarms", "0.01"]) == 0
+    model, s, state = runs.load_model(small[0] / "last.pt", torch.device("cpu"))
+    level = metrics.normal_threshold(state["normal"]["pixels"].numpy(), 0.01,
+                                     state["normal"]["pixel_count"]).value
+    found, count = rows_of(out / "regions.csv"), 0
+    for file in [row["file"] for row in rows_of(out / "scores.csv")]:
+        full = np.asarray(Image.open(out / "maps" / (file + ".tiff")))
+        labels, number = ndimage.label(full > level, np.ones((3, 3)))
+        mine = [row for row in found if row["file"] == file]
+        assert len(mine) == number
+        count += number
+        for row in mine:
+            x, y, w, h = (int(row[k]) for k in ("x", "y", "width", "height"))
+            box = full[y:y + h, x:x + w]
+            assert box.max() >= float(row["peak"]) * (1 - 1e-5)
+            assert int(row["area"]) <= (box > level).sum()
+    assert count > 0
+
+
+def test_maps_in_the_layout_of_mvtecs_evaluation(small, demo_root, tmp_path):
+    test = demo_root / "demo" / "fabric" / "test"
+    image = sorted((test / "good").iterdir())[0]
+    assert predict.main([str(small[0]), str(image), "--out", str(tmp_path), "--maps", "tiff",
+                         "--infer-steps", "1"]) == 0
+    with Image.open(tmp_path / "maps/fabric/test/good" / f"{image.stem}.tiff") as picture:
+        assert picture.mode == "F" and picture.size == (256, 256)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (64, 64), (97, 131), (8, 8)])
+def test_crop_and_resize_are_undone(size):
+    """A bright square stays where it is; what the crop leaves out is NaN and the image itself."""
+    W, H = size
+    s = Settings(resize=64, crop=48)
+    image = np.full((H, W, 3), 100, np.uint8)
+    M_final, x_0 = np.zeros((48, 48), np.float32), torch.zeros(3, 48, 48)
+    M_final[12:24, 24:36] = 1
+    full, restored = predict.uncrop(image, M_final, x_0, s)
+    assert full.shape == (H, W) and restored.shape == image.shape
+    rows, columns = np.indices((H, W)) + 0.5
+    outside = (rows < H / 8 - 1) | (rows > H * 7 / 8 + 1) | (columns < W / 8 - 1)
+    assert np.isnan(full[outside]).all() and (restored[outside] == 100).all()
+    if min(size) > 50:
+        y, x = ndimage.center_of_mass(np.nan_to_num(full))
+        assert y + 0.5 == pytest.approx(H * (8 + 18) / 64, abs=1)
+        assert x + 0.5 == pytest.approx(W * (8 + 30) / 64, abs=1)
+        inside = ~np.isnan(full)
+        assert (restored[inside] == 128).all() and inside.mean() == pytest.approx(0.5625, abs=0.03)
+
+
+def test_inspect_an_array(small, demo_root):
+    """One array through the function gives what the command gives; any mixture of sizes works."""
+    model, s, _ = runs.load_model(small[0] / "last.pt", torch.device("cpu"))
+    path = sorted((demo_root / "demo/fabric/test/good").iterdir())[0]
+    image = np.array(Image.open(path).convert("RGB"))
+    small_image = np.array(Image.fromarray(image).resize((90, 70)))
+    first, second = predict.inspect(model, s, [image, small_image], infer_steps=2)
+    alone, = predict.inspect(model, s, [image], infer_steps=2)
+    assert first.score == pytest.approx(alone.score, rel=1e-3)
+    assert first.M_final.shape == (256, 256) and second.M_final.shape == (70, 90)
+    assert second.restored.shape == (70, 90, 3) and second.restored.dtype == np.uint8
+    assert np.nanmax(first.M_final) == pytest.approx(first.score, rel=0.05)
+
+
+def test_unreadable_images_are_counted_and_the_rest_goes_on(small, photos, tmp_path, capsys):
+    (photos / "day 1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    (photos / "day 1" / "empty.jpg").touch()
+    status = predict.main([str(small[0]), str(photos), "--out", str(tmp_path / "found"),
+                           "--infer-steps", "1"])
+    said = capsys.readouterr()
+    assert status == 1 and "8 images inspected" in said.out and "2 could not be read" in said.out
+    errors = [line for line in said.err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert len(errors) == 2 and "broken.png" in errors[0] and "empty.jpg" in errors[1]
+    assert len(rows_of(tmp_path / "found" / "scores.csv")) == 8
+
+
+def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, capsys):
+    limits = []
+    for rate in ("0.01", "0.5"):
+        out = tmp_path / rate
+        assert predict.main([str(small[0]), str(photos / "day 1"), "--out", str(out),
+                             "--false-alarms", rate]) == 0
+        limits.append(float(rows_of(out / "scores.csv")[0]["threshold"]))
+    assert limits[0] > limits[1]
+    assert "11.1 % of normal parts" in capsys.readouterr().out          # 1 / (8 + 1), not 1 %
+
+
+def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_path, capsys):
+    s = Settings(resize=32, crop=32, channels=8, T=2)
+    runs.save_checkpoint(tmp_path / "model.pt", s, build_model(s), None, None, {})
+    assert predict.main([str(tmp_path / "model.pt"), str(photos), "--out", str(tmp_path / "o")]) == 0
+    assert "no threshold" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "o" / "scores.csv")
+    assert len(rows) == 8 and all(row["verdict"] == row["threshold"] == "" for row in rows)
+    assert rows_of(tmp_path / "o" / "regions.csv") == []
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"run": "nowhere"}, "nowhere does not exist"),
+    ({"images": "nothing/*.png"}, "nothing/*.png: no image there"),
+    ({"images": "."}, ".: no image there"),
+    ({"more": ["--infer-steps", "99"]}, "--infer-steps 99"),
+    ({"more": ["--batch", "0"]}, "--batch 0"),
+    ({"more": ["--false-alarms", "2"]}, "--false-alarms 2"),
+    ({"more": ["--pixel-false-alarms", "0.9"]}, "--pixel-false-alarms 0.9"),
+    ({"more": ["--device", "toaster"]}, "--device toaster"),
+])
+def test_bad_arguments(small, photos, tmp_path, monkeypatch, capsys, change, expected):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    argv = [change.get("run", str(small[0])), change.get("images", str(photos)), "--out", "found",
+            *change.get("more", [])]
+    assert predict.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and expected in error and "Traceback" not in error
+    assert not (empty / "found").exists()
+
+
+def test_out_that_is_a_file(small, photos, tmp_path, capsys):
+    (tmp_path / "found").touch()
+    assert predict.main([str(small[0]), str(photos), "--out", str(tmp_path / "found")]) == 2
+    assert "found cannot be made" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Several processes train as one: torchrun with two CPU processes over gloo."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from test_train import argv_for, parts  # noqa: F401  (a fixture)
+
+HERE = Path(train.__file__).parent
+STEPS = 20
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+from runs import load_source
+from settings import parse
+
+out, frozen, *argv = sys.argv[1:]
+s, _ = parse(argv)
+if train.RANKS > 1:
+    s = train.join_ranks(s)
+model, source, device = train.start_model(s, ""), load_source(s), torch.device("cpu")
+if frozen == "frozen":
+    model.net.mask_head[0].eval()
+optimizer, ema = train.make_optimizer(model, s)
+losses_of = train.training_pass(model, s)
+batches, losses = [], []
+for step in range({STEPS}):
+    batches.append(train.make_batch(s, source, model.last_step, step, device))
+    found = train.train_step(losses_of, ema, optimizer, batches[-1], s, s.lr)
+    losses.append(train.mean_over_ranks(list(found.values()), device))
+torch.save({{"model": dict(model.named_parameters()), "batches": batches, "losses": losses}},
+           out + str(train.RANK))
+"""
+
+
+def launch(ranks, *argv):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), *argv], text=True,
+                          capture_output=True, timeout=300, cwd=HERE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "split"])
+def test_two_ranks_train_as_one(parts, tmp_path, batchnorm):  # noqa: F811
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    for ranks in (1, 2):
+        done = launch(ranks, str(script), str(tmp_path / f"{ranks}-"), batchnorm,
+                      *argv_for(parts, "--batch", "8"))
+        assert done.returncode == 0, done.stderr[-2000:]
+    one = torch.load(tmp_path / "1-0")
+    a, b = (torch.load(tmp_path / f"2-{rank}") for rank in (0, 1))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for whole, left, right in zip(one["batches"], a["batches"], b["batches"]):
+        for part, x, y in zip(whole, left, right):
+            assert torch.equal(part[0::2], x) and torch.equal(part[1::2], y)
+        assert left[2].flatten(1).any(1).tolist() == [True, True, False, False]     # M
+    alone, shared = torch.tensor(one["losses"]), torch.tensor(a["losses"])
+    assert torch.equal(shared, torch.tensor(b["losses"]))
+    if batchnorm == "frozen":
+        assert torch.allclose(alone, shared, rtol=1e-4, atol=1e-4)
+    else:                                      # only the mask head's BatchNorm sees half a batch
+        assert torch.allclose(alone[0, [1, 3]], shared[0, [1, 3]], rtol=1e-5)       # n, a
+        assert not torch.allclose(alone[0, 2], shared[0, 2], rtol=1e-6)             # m
+        assert torch.allclose(alone, shared, rtol=0.05)
+
+
+def test_the_command_under_torchrun(parts):  # noqa: F811
+    done = launch(2, "train.py", *argv_for(parts))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("image AUROC") == 1
+    folder = parts.parent / "runs" / "parts" / "bolt"
+    assert {"metrics.json", "last.pt", "log.csv"} <= {p.name for p in folder.iterdir()}
+    done = launch(2, "train.py", *argv_for(parts, "--batch", "6", "--name", "uneven"))
+    assert "--batch 6: 2 processes share it" in done.stderr and done.stderr.count("error:") == 1
