@@ -135,8 +135,9 @@ def locked(path: Path) -> TextIO:
 
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in tqdm(iter(lambda: file.read(1 << 20), b""), "sha256", unit="MiB", leave=False):
+    with open(path, "rb") as file, tqdm(iter(lambda: file.read(1 << 20), b""), "sha256",
+                                        unit="MiB", leave=False) as bar:
+        for block in bar:
             digest.update(block)
     return digest.hexdigest()
 
@@ -150,7 +151,7 @@ def download(source: Source, part: Path, notes: Path) -> None:
             code = getattr(error, "code", 0)                # an HTTP status
             if getattr(error, "errno", 0) in LOCAL:
                 raise
-            if code == 416:                                 # part is longer than what is there
+            if code == 416:             # part is not shorter than the file, yet not the file
                 part.unlink(missing_ok=True)
             if attempt == ATTEMPTS or 400 <= code < 500 and code not in (408, 416, 429):
                 raise InputError(
@@ -175,7 +176,7 @@ def receive(source: Source, part: Path, notes: Path) -> None:
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.status == 206:
             span, _, whole = response.headers.get("Content-Range", "").partition("/")
-            if not span.startswith(f"bytes {start}-") or whole != (length or whole):
+            if not span.startswith(f"bytes {start}-") or length not in ("", whole):
                 part.unlink(missing_ok=True)
                 raise ConnectionError("the file there is not the one that was begun")
         else:
@@ -191,6 +192,7 @@ def receive(source: Source, part: Path, notes: Path) -> None:
                 file.write(block)
                 bar.update(len(block))
                 if max(bar.n, total) > source.limit:
+                    part.unlink()
                     raise InputError(f"{source.url}: over {source.limit} bytes, so not the "
                                      f"published archive; see {source.page}")
     if part.stat().st_size < total:
@@ -225,17 +227,18 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
     or a device, or goes beyond the limits, and for a damaged archive."""
     total = count = 0
     try:
-        for name, size, plain, write in tqdm(entries(archive, folder), desc="unpacking",
-                                             unit="file", leave=False):
-            total, count, path = total + size, count + 1, Path(name)
-            fault = ("leads out of the folder" if path.is_absolute() or ".." in path.parts else
-                     "is a link or a device" if not plain else
-                     f"exceeds {source.limit} bytes or {source.members} entries in all"
-                     if size < 0 or total > source.limit or count > source.members else "")
-            if fault:
-                raise InputError(f"{archive}: {name!r} {fault}; nothing of it is kept")
-            write()
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        with tqdm(entries(archive, folder), "unpacking", unit="file", leave=False) as bar:
+            for name, size, plain, write in bar:
+                total, count, path = total + size, count + 1, Path(name)
+                fault = ("leads out of the folder" if path.is_absolute() or ".." in path.parts else
+                         "is a link or a device" if not plain else
+                         f"exceeds {source.limit} bytes or {source.members} entries in all"
+                         if size < 0 or total > source.limit or count > source.members else "")
+                if fault:
+                    raise InputError(f"{archive}: {name!r} {fault}; nothing of it is kept")
+                write()
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError,
+            RuntimeError) as error:
         raise InputError(f"{archive}: a damaged archive ({error}); nothing of it is kept")
 
 
@@ -341,11 +344,13 @@ def check(folder: Path) -> int:
     for name, path in zip(names, paths):
         rows, faults = listing(path)
         sizes, kinds = set(), [kind for _, kind, _ in rows]
-        for image, _, mask in tqdm(rows, desc=name, unit="image", leave=False):
-            size, other = read_size(image, faults), read_size(mask, faults)
-            sizes |= {size} - {None}
-            if size and other and size != other:
-                faults.append("{}: {} x {} pixels, its image {} x {}".format(mask, *other, *size))
+        with tqdm(rows, name, unit="image", leave=False) as bar:
+            for image, _, mask in bar:
+                size, other = read_size(image, faults), read_size(mask, faults)
+                sizes |= {size} - {None}
+                if size and other and size != other:
+                    faults.append(f"{mask}: {other[0]} x {other[1]} pixels, its image "
+                                  f"{size[0]} x {size[1]}")
         spans = [f"{min(s)}-{max(s)}" if min(s) < max(s) else str(min(s)) for s in zip(*sizes)]
         print(f"{name:{width}}  {kinds.count('train'):6}  {kinds.count('good'):9}  "
               f"{kinds.count('bad'):9}  {sum(mask is not None for _, _, mask in rows):5}  "
@@ -369,6 +374,7 @@ def read_size(path: Path | None, faults: list[str]) -> tuple[int, int] | None:
         return data.open_image(path).size if path else None
     except InputError as error:
         faults.append(str(error))
+        return None
 
 
 # ---------------------------------------------------------------- the command line
@@ -389,7 +395,7 @@ def command(argv: list[str] | None) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise InputError(f"{error}" + "; free some space and run this again" * full)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; run this again to go on")
+        raise KeyboardInterrupt("interrupted" + "; run this again to go on" * (not args.check))
 
 
 def main(argv: list[str] | None = None) -> int:

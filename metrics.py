@@ -12,40 +12,45 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 
 def region_weights(masks: np.ndarray) -> tuple[np.ndarray, int]:
-    """1 / |region| at every anomalous pixel and 0 elsewhere, float64, and the number of regions.
+    """1 / |region| of every anomalous pixel, float64 in the order of x[masks], and the number of
+    regions.
 
     masks: bool [N, H, W]. A region is 8-connected and lies within one image.
     """
-    weights, count = np.zeros(masks.shape), 0
-    for mask, weight in zip(masks, weights):
+    weights, count = [], 0
+    for mask in masks:
         regions, found = ndimage.label(mask, np.ones((3, 3)))
-        areas = np.bincount(regions.ravel(), minlength=found + 1)
-        areas[0] = 1
-        weight[mask] = (1 / areas)[regions[mask]]
+        inside = regions[mask]
+        weights.append(1 / np.bincount(inside)[inside])
         count += found
-    return weights, count
+    return np.concatenate(weights), count
 
 
 def pro_curve(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive rate and mean overlap of the regions at every distinct threshold, from (0, 0)
-    to (1, 1).
+    """False-positive rate and mean overlap of the regions, the corners of the curve over all
+    thresholds from (0, 0) to (1, 1).
 
     MVTec AD's evaluation: a pixel of a region adds 1 / |region|, a normal pixel of any image, the
-    good ones included, 1 / number of normal pixels; equal scores are one point of the curve.
+    good ones included, 1 / number of normal pixels; equal scores are one point of the curve. The
+    overlap moves only at an anomalous pixel's score, so the curve has two corners at each of these:
+    before and after the pixels of that very score, the normal ones among them.
     maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if there is
     no region or no normal pixel.
     """
-    weights, count = region_weights(masks)
-    normal = masks.size - np.count_nonzero(masks)
-    if count == 0 or normal == 0:
+    if not masks.any() or masks.all():
         raise ValueError("AUPRO needs at least one anomalous region and one normal pixel")
-    scores = maps.ravel()
+    weights, count = region_weights(masks)
+    scores, normal = maps[masks], np.sort(maps[~masks])
     order = np.argsort(scores)[::-1]
     scores = scores[order]
     last_of_tie = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    overlap = np.cumsum(weights.ravel()[order])[last_of_tie] / count
-    false = np.cumsum(~masks.ravel()[order])[last_of_tie] / normal
-    return np.concatenate([[0.0], false, [1.0]]), np.concatenate([[0.0], overlap, [1.0]])
+    after = np.cumsum(weights[order])[last_of_tie] / count
+    before = np.append(0.0, after[:-1])
+    scores = scores[last_of_tie]
+    above = 1 - np.searchsorted(normal, scores, "right") / len(normal)
+    reached = 1 - np.searchsorted(normal, scores, "left") / len(normal)
+    return (np.concatenate([[0.0], np.stack([above, reached], 1).ravel(), [1.0]]),
+            np.concatenate([[0.0], np.stack([before, after], 1).ravel(), [1.0]]))
 
 
 def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:

@@ -1,0 +1,194 @@
+"""Where the time goes on this machine: training, restoration, scoring, reading.
+
+    python bench.py --preset cpu --json bench.json
+
+One table: seconds (median after warm-up), GFLOP (of convolutions and matrix products), GFLOP/s, and
+their share of what a large matrix product reaches here in the same run and precision.
+"""
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import demo
+import metrics
+import train
+from data import InputError, exit_status
+from runs import load_source, steps_per_epoch
+from score import hardware
+from settings import PRESETS, Settings, fast_bf16, pick_device
+from transfusion import TransFusion
+
+
+def seconds(work, device: torch.device, repeats: int) -> float:
+    """Median time of work() after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def gflop(work) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    """GFLOP/s of a 4096 x 4096 x 4096 matrix product."""
+    n = 4096
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n ** 3 / 1e9 / seconds(lambda: a @ b, device, repeats)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of the process so far: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def training_rows(s: Settings, source, model: TransFusion, repeats: int) -> list[dict]:
+    """A training step and its parts."""
+    device = torch.device(s.device)
+    optimizer, ema = train.make_optimizer(model, s)
+    losses_of = train.training_pass(model, s)
+    batch = train.make_batch(s, source, model.last_step, 0, device)
+
+    def forward():
+        return losses_of(*batch)["loss"]
+
+    def both():
+        forward().backward()
+
+    def update():
+        optimizer.step()
+        if ema:
+            ema.update_parameters(model)
+
+    model.train()
+    forward_gflop, both_gflop = gflop(forward), gflop(both)
+    generate = seconds(lambda: train.make_batch(s, source, model.last_step, 0, device), device,
+                       repeats)
+    ahead, through = seconds(forward, device, repeats), seconds(both, device, repeats)
+    step = seconds(lambda: train.train_step(losses_of, ema, optimizer, train.make_batch(
+        s, source, model.last_step, 0, device), s, 0.0), device, repeats)
+    return [row("anomaly generation", generate), row("forward and losses", ahead, forward_gflop),
+            row("backward", through - ahead, both_gflop - forward_gflop),
+            row("optimiser and average", seconds(update, device, repeats)),
+            row(f"training step, batch {s.batch}", step, both_gflop, memory_gb(device)),
+            row("epoch", step * steps_per_epoch(s, source))]
+
+
+def restoration_rows(s: Settings, model: TransFusion, repeats: int) -> list[dict]:
+    """An image's network call by images at a time, its restoration by number of calls."""
+    device, rows = torch.device(s.device), []
+    model.eval()
+
+    def measure(what: str, batch: int, work) -> dict:
+        return row(what, seconds(work, device, repeats) / batch, gflop(work) / batch,
+                   memory_gb(device))
+
+    for batch in (1, 4, 16):
+        x = torch.zeros(batch, 3, s.crop, s.crop, device=device)
+        rows.append(measure(f"a network call an image, batch {batch}", batch,
+                            lambda: model.restore(x, 1)))
+    for steps in (1, 2, 5, 10, 20):
+        rows.append(measure(f"image restored in {steps} calls, batch {s.batch}", s.batch,
+                            lambda: model.restore(x[:s.batch], steps)))
+    return rows
+
+
+def scoring_rows(s: Settings, category: data.Category, repeats: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    masks = np.stack([data.load_mask(item, 256, 256) for item in category.test])
+    maps = rng.random(masks.shape, np.float32) + masks
+    cpu = torch.device("cpu")
+    return [row(f"AUPRO of {len(masks)} maps, 256 px",
+                seconds(lambda: metrics.aupro(maps, masks), cpu, repeats)),
+            row(f"all metrics of {len(masks)} maps",
+                seconds(lambda: metrics.evaluate(category.labels, maps.max((1, 2)), maps, masks),
+                        cpu, 1)),
+            row(f"decoding and caching {len(category.train)} images",
+                seconds(lambda: data.Images(category.train, s.resize, s.crop), cpu, 1))]
+
+
+def row(what: str, seconds: float, gflop: float | None = None,
+        memory: float | None = None) -> dict:
+    return {"what": what, "seconds": seconds, "gflop": gflop, "memory_gb": memory,
+            "gflop_per_second": gflop / seconds if gflop else None}
+
+
+def print_table(rows: list[dict], rate: float) -> None:
+    def cell(value, form):
+        return "" if value is None else format(value, form)
+
+    print(f"{'':38}{'seconds':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'share':>8}{'peak GB':>9}")
+    for r in rows:
+        share = None if r["gflop_per_second"] is None else 100 * r["gflop_per_second"] / rate
+        print(f"{r['what']:38}{r['seconds']:10.4f}{cell(r['gflop'], '9.1f'):>9}"
+              f"{cell(r['gflop_per_second'], '9.0f'):>9}{cell(share, '6.0f'):>7}"
+              f"{' ' if share is None else '%'}{cell(r['memory_gb'], '9.2f'):>9}")
+
+
+def bench(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(description="Time training, restoration and scoring.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
+    parser.add_argument("--repeats", type=int, default=5, help="median over so many (default 5)")
+    parser.add_argument("--root", default="data", help="where the demo data is, or is drawn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    for name in ("channels", "crop", "batch"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    flags = parser.parse_args(argv)
+    device = pick_device(flags.device)
+    precision = flags.precision
+    if precision == "auto":
+        precision = "bf16" if fast_bf16(device) else "float32"
+    given = {k: getattr(flags, k) for k in ("channels", "crop", "batch") if getattr(flags, k)}
+    if "crop" in given:
+        given["resize"] = given["crop"]
+    demo.write(Path(flags.root) / "demo")
+    s = Settings(**{**PRESETS[flags.preset], **given, "preset": flags.preset, "root": flags.root,
+                    "category": "gear", "device": str(device), "precision": precision})
+    rate = matmul_rate(device, {"bf16": torch.bfloat16}.get(precision, torch.float32),
+                       flags.repeats)
+    source, model = load_source(s), train.start_model(s, "")
+    rows = training_rows(s, source, model, flags.repeats)
+    rows += restoration_rows(s, model, flags.repeats)
+    rows += scoring_rows(s, source.category, flags.repeats)
+    print(f"{flags.preset} preset: {s.channels} channels, {s.crop} px, {precision}; "
+          f"{hardware(s)}; matrix product {rate:.0f} GFLOP/s")
+    print_table(rows, rate)
+    if flags.json:
+        content = {"settings": dataclasses.asdict(dataclasses.replace(s, root="")),
+                   "hardware": hardware(s), "torch": torch.__version__,
+                   "python": platform.python_version(), "matmul_gflop_per_second": rate,
+                   "rows": rows}
+        try:
+            flags.json.write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {flags.json}: cannot be written ({error})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: bench(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""bench.py prints its table and writes the same numbers."""
+import json
+
+import bench
+
+
+def test_table_and_json(demo_root, tmp_path, capsys):
+    argv = ["--preset", "quick", "--channels", "8", "--crop", "32", "--repeats", "1", "--device",
+            "cpu", "--precision", "float32", "--root", str(demo_root)]
+    assert bench.main([*argv, "--json", str(tmp_path / "bench.json")]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["matmul_gflop_per_second"] > 1 and all(r["seconds"] > 0 for r in found["rows"])
+    rows = {r["what"]: r for r in found["rows"]}
+    assert all(what in out for what in rows)
+    calls = [rows[f"image restored in {k} calls, batch 8"]["gflop"] for k in (1, 5, 20)]
+    assert calls[1] / calls[0] == 5 and calls[2] / calls[0] == 20
+    assert rows["backward"]["gflop"] > 1.8 * rows["forward and losses"]["gflop"]
+    assert bench.main([*argv, "--json", str(tmp_path / "absent" / "bench.json")]) == 2
