@@ -7,7 +7,6 @@ their share of what a large matrix product reaches here in the same run and prec
 """
 import argparse
 import dataclasses
-import json
 import platform
 import resource
 import statistics
@@ -23,8 +22,8 @@ import data
 import demo
 import metrics
 import train
-from data import InputError, exit_status
-from runs import load_source, steps_per_epoch
+from data import exit_status
+from runs import load_source, save_csv, save_json, steps_per_epoch
 from score import hardware
 from settings import PRESETS, Settings, fast_bf16, pick_device
 from transfusion import TransFusion
@@ -113,6 +112,21 @@ def restoration_rows(s: Settings, model: TransFusion, repeats: int) -> list[dict
     return rows
 
 
+def cost_rows(s: Settings, repeats: int) -> list[dict]:
+    """Seconds an image by image side, width and number of calls, one varied at a time, batch 4."""
+    device, rows = torch.device(s.device), []
+    for varied, values in (("crop", (64, 96, 128, 192, 256)), ("channels", (8, 16, 32, 64)),
+                           ("calls", (1, 2, 5, 10, 20))):
+        for value in values:
+            at = {"crop": s.crop, "channels": s.channels, "calls": 1, varied: value}
+            model = TransFusion(at["channels"], bf16=s.precision == "bf16").to(device).eval()
+            x = torch.zeros(4, 3, at["crop"], at["crop"], device=device)
+            taken = seconds(lambda: model.restore(x, at["calls"]), device, repeats) / len(x)
+            rows.append({"varied": varied, **at, "seconds_per_image": f"{taken:.5f}",
+                         "precision": s.precision, "hardware": hardware(s)})
+    return rows
+
+
 def scoring_rows(s: Settings, category: data.Category, repeats: int) -> list[dict]:
     rng = np.random.default_rng(0)
     masks = np.stack([data.load_mask(item, 256, 256) for item in category.test])
@@ -153,6 +167,8 @@ def bench(argv: list[str] | None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="median over so many (default 5)")
     parser.add_argument("--root", default="data", help="where the demo data is, or is drawn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--cost", type=Path, metavar="FILE",
+                        help="write how an image's time grows with size, width and calls, as CSV")
     for name in ("channels", "crop", "batch"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     flags = parser.parse_args(argv)
@@ -175,15 +191,13 @@ def bench(argv: list[str] | None) -> None:
     print(f"{flags.preset} preset: {s.channels} channels, {s.crop} px, {precision}; "
           f"{hardware(s)}; matrix product {rate:.0f} GFLOP/s")
     print_table(rows, rate)
+    if flags.cost:
+        save_csv(flags.cost, cost_rows(s, flags.repeats))
     if flags.json:
-        content = {"settings": dataclasses.asdict(dataclasses.replace(s, root="")),
-                   "hardware": hardware(s), "torch": torch.__version__,
-                   "python": platform.python_version(), "matmul_gflop_per_second": rate,
-                   "rows": rows}
-        try:
-            flags.json.write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {flags.json}: cannot be written ({error})")
+        save_json(flags.json, {
+            "settings": dataclasses.asdict(dataclasses.replace(s, root="")),
+            "hardware": hardware(s), "torch": torch.__version__,
+            "python": platform.python_version(), "matmul_gflop_per_second": rate, "rows": rows})
 
 
 def main(argv: list[str] | None = None) -> int:

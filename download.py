@@ -77,6 +77,7 @@ PUBLISHED = dict(entry.split() for entry in (
     "chewinggum 453/50/100, fryum 450/50/100, macaroni1 900/100/100, macaroni2 900/100/100, "
     "pcb1 904/100/100, pcb2 901/100/100, pcb3 905/101/100, pcb4 904/101/100, "
     "pipe_fryum 450/50/100").split(", "))
+DTD = [120] * 47                # images of every class
 
 
 # ---------------------------------------------------------------- fetching
@@ -233,7 +234,7 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
                 fault = ("leads out of the folder" if path.is_absolute() or ".." in path.parts else
                          "is a link or a device" if not plain else
                          f"exceeds {source.limit} bytes or {source.members} entries in all"
-                         if size < 0 or total > source.limit or count > source.members else "")
+                         if total > source.limit or count > source.members else "")
                 if fault:
                     raise InputError(f"{archive}: {name!r} {fault}; nothing of it is kept")
                 write()
@@ -266,8 +267,8 @@ def shortfalls(name: str, folder: Path) -> list[str]:
     """What sets a data set's folder apart from the published one, by its listing: a line each."""
     if name == "dtd":
         counts = [len(data.list_images(p)) for p in folder.glob("images/*") if p.is_dir()]
-        return [] if counts == [120] * 47 else [
-            f"{folder}: {sum(counts)} images in {len(counts)} classes, not 120 in each of 47"]
+        return [] if counts == DTD else [f"{folder}: {sum(counts)} images in {len(counts)} classes, "
+                                         f"not {DTD[0]} in each of {len(DTD)}"]
     paths = [folder / category for category in data.CATEGORIES[name]]
     if name == "btad":
         return [f"{path}: missing" for path in paths if not data.is_category(path)]

@@ -26,45 +26,86 @@ def region_weights(masks: np.ndarray) -> tuple[np.ndarray, int]:
     return np.concatenate(weights), count
 
 
-def pro_curve(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+class Ranking(NamedTuple):
+    """The anomalous pixels' distinct scores, from the highest down, and what lies above them.
+
+    order: the anomalous pixels by falling score; last: the place in it of each distinct score's
+    last pixel; above, reached: how many normal pixels score more, and at least as much.
+    """
+    order: np.ndarray
+    last: np.ndarray
+    above: np.ndarray
+    reached: np.ndarray
+    normals: int
+
+
+def rank_pixels(maps: np.ndarray, masks: np.ndarray) -> Ranking:
+    """All that the pixel metrics need, by sorting the normal and the anomalous pixels apart.
+
+    maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if there is
+    no anomalous or no normal pixel.
+    """
+    if not masks.any() or masks.all():
+        raise ValueError("pixel metrics need at least one anomalous and one normal pixel")
+    scores, normal = maps[masks], np.sort(maps[~masks])
+    order = np.argsort(scores)[::-1]
+    scores = scores[order]
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    above, reached = (len(normal) - np.searchsorted(normal, scores[last], side)
+                      for side in ("right", "left"))
+    return Ranking(order, last, above, reached, len(normal))
+
+
+def corners(ranking: Ranking, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The curve of `after` (its value once each distinct score is reached) over the false-positive
+    rate, from (0, 0) to (1, 1).
+
+    It moves only at an anomalous pixel's score, so it has two corners at each: before and after
+    the pixels of that very score, the normal ones among them.
+    """
+    false = np.stack([ranking.above, ranking.reached], 1).ravel() / ranking.normals
+    value = np.stack([np.append(0.0, after[:-1]), after], 1).ravel()
+    return np.concatenate([[0.0], false, [1.0]]), np.concatenate([[0.0], value, [1.0]])
+
+
+def pro_curve(maps: np.ndarray, masks: np.ndarray,
+              ranking: Ranking | None = None) -> tuple[np.ndarray, np.ndarray]:
     """False-positive rate and mean overlap of the regions, the corners of the curve over all
     thresholds from (0, 0) to (1, 1).
 
     MVTec AD's evaluation: a pixel of a region adds 1 / |region|, a normal pixel of any image, the
-    good ones included, 1 / number of normal pixels; equal scores are one point of the curve. The
-    overlap moves only at an anomalous pixel's score, so the curve has two corners at each of these:
-    before and after the pixels of that very score, the normal ones among them.
-    maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if there is
-    no region or no normal pixel.
+    good ones included, 1 / number of normal pixels; equal scores are one point of the curve.
+    Arguments and errors as in `rank_pixels`.
     """
-    if not masks.any() or masks.all():
-        raise ValueError("AUPRO needs at least one anomalous region and one normal pixel")
+    ranking = ranking or rank_pixels(maps, masks)
     weights, count = region_weights(masks)
-    scores, normal = maps[masks], np.sort(maps[~masks])
-    order = np.argsort(scores)[::-1]
-    scores = scores[order]
-    last_of_tie = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    after = np.cumsum(weights[order])[last_of_tie] / count
-    before = np.append(0.0, after[:-1])
-    scores = scores[last_of_tie]
-    above = 1 - np.searchsorted(normal, scores, "right") / len(normal)
-    reached = 1 - np.searchsorted(normal, scores, "left") / len(normal)
-    return (np.concatenate([[0.0], np.stack([above, reached], 1).ravel(), [1.0]]),
-            np.concatenate([[0.0], np.stack([before, after], 1).ravel(), [1.0]]))
+    return corners(ranking, np.cumsum(weights[ranking.order])[ranking.last] / count)
 
 
-def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3,
+          ranking: Ranking | None = None) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate of `limit`, in 0..1.
 
     Exact: every distinct score is a threshold, the trapezoid is interpolated at the limit and the
-    area divided by it. Arguments and errors as in `pro_curve`.
+    area divided by it. Arguments and errors as in `rank_pixels`.
     """
-    false, overlap = pro_curve(maps, masks)
+    false, overlap = pro_curve(maps, masks, ranking)
     k = np.searchsorted(false, limit)                       # the first point at or past the limit
     share = (limit - false[k - 1]) / (false[k] - false[k - 1])
     at_limit = overlap[k - 1] + share * (overlap[k] - overlap[k - 1])
     return float(np.trapezoid(np.append(overlap[:k], at_limit),
                               np.append(false[:k], limit)) / limit)
+
+
+def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """Pixel AUROC, pixel AP (both as scikit-learn's, in a fraction of its memory) and AUPRO."""
+    ranking = rank_pixels(maps, masks)
+    hits = ranking.last + 1                                 # anomalous pixels found so far
+    found = hits / hits[-1]
+    precision = hits / (hits + ranking.reached)
+    return {"pixel_auroc": float(np.trapezoid(*reversed(corners(ranking, found)))),
+            "pixel_ap": float(np.sum(np.diff(found, prepend=0.0) * precision)),
+            "aupro": aupro(maps, masks, ranking=ranking)}
 
 
 def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -97,10 +138,7 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
         missing = "normal" if masks.any() else "anomalous"
         warnings.warn(f"the masks have no {missing} pixel: pixel metrics are undefined")
     else:
-        flat, truth = maps.ravel(), masks.ravel()
-        results.update(pixel_auroc=float(roc_auc_score(truth, flat)),
-                       pixel_ap=float(average_precision_score(truth, flat)),
-                       aupro=aupro(maps, masks))
+        results.update(pixel_metrics(maps, masks))
     return results
 
 

@@ -4,6 +4,7 @@ Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies 
 """
 import math
 import platform
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,10 +37,17 @@ def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
             bar.update(len(chosen))
 
 
+def room(shape: tuple[int, ...], s: Settings) -> np.ndarray:
+    """An array for maps, float32: in memory, or above the memory limit in an unnamed file."""
+    if 4 * math.prod(shape) <= s.memory_gb * 1e9:
+        return np.empty(shape, np.float32)
+    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
+
+
 def raw_maps(model: TransFusion, images: data.Images, indices,
              s: Settings) -> dict[str, np.ndarray]:
     """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
-    maps = {name: np.empty((len(indices), s.crop, s.crop), np.float32)
+    maps = {name: room((len(indices), s.crop, s.crop), s)
             for name in ("M_disc", "M_recon", "M_last")}
     for place, restored in restore_all(model, images, indices, s):
         for name in maps:
@@ -47,24 +55,36 @@ def raw_maps(model: TransFusion, images: data.Images, indices,
     return maps
 
 
-def final_maps(maps: dict[str, np.ndarray], s: Settings) -> Tensor:
-    """M_final [N, 1, H, W] of Eq. 10, or one of its parts alone (Table 4), from raw maps."""
-    M_disc, M_recon, M_last = (torch.from_numpy(maps[name])[:, None]
-                               for name in ("M_disc", "M_recon", "M_last"))
-    if s.final_mask == "last":
-        M_disc = M_last
+def final_maps(maps: dict[str, np.ndarray], s: Settings, side: int = 0) -> np.ndarray:
+    """M_final [N, H, W] of Eq. 10, or one of its parts alone (Table 4), from raw maps.
+
+    side: bring the maps bilinearly to side x side; 0 leaves them at the model's size.
+    """
     lam = {"combined": s.lam, "recon": 0.0}.get(s.final_mask, 1.0)
-    return final_mask(M_disc, M_recon, lam, s.kernel)
+    first = "M_last" if s.final_mask == "last" else "M_disc"
+    N, H, W = maps[first].shape
+    final = room((N, side or H, side or W), s)
+    for start in range(0, N, 64):
+        place = slice(start, start + 64)
+        M_disc, M_recon = (torch.tensor(maps[name][place])[:, None]
+                           for name in (first, "M_recon"))
+        M_final = final_mask(M_disc, M_recon, lam, s.kernel)
+        if side:
+            M_final = F.interpolate(M_final, (side, side), mode="bilinear")
+        final[place] = M_final[:, 0].numpy()
+    return final
 
 
 def score_maps(maps: dict[str, np.ndarray], labels: np.ndarray, masks: np.ndarray | None,
                s: Settings) -> tuple[dict[str, float], np.ndarray]:
     """Metrics of raw maps, and the image scores [N]. Pixels are compared on the scoring grid."""
-    M_final = final_maps(maps, s)
-    scores = anomaly_score(M_final).numpy()
-    side = scoring_side(s)
-    on_grid = F.interpolate(M_final, (side, side), mode="bilinear")[:, 0].numpy()
-    return metrics.evaluate(labels, scores, on_grid, masks), scores
+    scores = image_scores(final_maps(maps, s))
+    return metrics.evaluate(labels, scores, final_maps(maps, s, scoring_side(s)), masks), scores
+
+
+def image_scores(M_final: np.ndarray) -> np.ndarray:
+    """Eq. 11 of maps [N, H, W]: [N]."""
+    return anomaly_score(torch.from_numpy(M_final)).numpy()
 
 
 def score(model: TransFusion, s: Settings, source: Source):
@@ -88,8 +108,8 @@ def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | Non
     if len(source.held_out) == 0:
         return None
     M_final = final_maps(raw_maps(model, source.images, source.held_out, s), s)
-    pixels = M_final.flatten()
-    return {"images": anomaly_score(M_final).tolist(), "pixel_count": len(pixels),
+    pixels = torch.from_numpy(M_final).flatten()
+    return {"images": image_scores(M_final).tolist(), "pixel_count": len(pixels),
             "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values.clone(),
             "infer_steps": len(model.steps(s.infer_steps)) - 1}
 
@@ -171,7 +191,7 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
     kinds = sorted({item.defect for item in items}, key=lambda kind: (kind in data.GOOD, kind))
     shown = [k for kind in kinds
              for k in [k for k, item in enumerate(items) if item.defect == kind][:of_each]]
-    M_final = final_maps(maps, s)[:, 0].numpy()
+    M_final = final_maps(maps, s)
     top = float(M_final.max())
     restored = torch.cat([part.x_0.cpu() for _, part in restore_all(model, source.test, shown, s)])
 

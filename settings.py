@@ -54,6 +54,7 @@ class Settings:
                          "training")
     precision: str = setting("auto", "of the network; auto: bf16 where it is fast", "training",
                              ("auto", "bf16", "float32"))
+    recompute: bool = setting(False, "less memory in training, for a third more time", "training")
     hold_out: float = setting(0.0, "share of normal images kept for the threshold", "training")
     checkpoint_every: int = setting(1000, "steps between checkpoints", "training")
 
@@ -93,7 +94,8 @@ PRESETS = {
                   hold_out=0.1, checkpoint_every=200),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
-NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every"}
+NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every",
+                "recompute"}
 SCORING = [f.name for f in dataclasses.fields(Settings)
            if f.metadata["group"] == "scoring" and f.name != "eval_batch"]
 
@@ -214,7 +216,7 @@ def build_model(s: Settings) -> TransFusion:
     """The model of these settings, seeded, on the CPU."""
     torch.manual_seed(s.seed)
     model = TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
-                        s.anomaly_target, s.soft_consistency, bf16=s.precision == "bf16")
+                        s.anomaly_target, s.soft_consistency, s.precision == "bf16", s.recompute)
     if s.init == "identity":
         model.net.start_from_identity()
     return model

@@ -17,3 +17,12 @@ def test_table_and_json(demo_root, tmp_path, capsys):
     assert calls[1] / calls[0] == 5 and calls[2] / calls[0] == 20
     assert rows["backward"]["gflop"] > 1.8 * rows["forward and losses"]["gflop"]
     assert bench.main([*argv, "--json", str(tmp_path / "absent" / "bench.json")]) == 2
+
+
+def test_cost_of_size_width_and_calls(demo_root, tmp_path):
+    s = bench.Settings(channels=8, crop=32, resize=32, device="cpu", precision="float32")
+    rows = bench.cost_rows(s, 1)
+    assert {r["varied"] for r in rows} == {"crop", "channels", "calls"}
+    seconds = {(r["varied"], r[r["varied"]]): float(r["seconds_per_image"]) for r in rows}
+    assert seconds["crop", 256] > seconds["crop", 64]
+    assert seconds["calls", 20] > 4 * seconds["calls", 1]

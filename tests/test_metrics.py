@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import metrics
 
@@ -203,3 +204,13 @@ def test_threshold_interval_holds_the_rate_of_this_sample():
     found = [metrics.normal_threshold(rng.random(30), 0.1) for _ in range(4000)]
     assert all((t.low, t.high) == (found[0].low, found[0].high) for t in found)
     assert np.mean([t.low < 1 - t.value < t.high for t in found]) == pytest.approx(0.95, abs=0.01)
+
+
+@pytest.mark.parametrize("levels", [0, 2, 5, 20])
+def test_pixel_metrics_are_scikit_learns(levels):
+    maps, masks = random_case(1, levels)
+    found = metrics.pixel_metrics(maps.astype(np.float32), masks)
+    flat = maps.astype(np.float32).ravel()
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), flat), abs=1e-12)
+    assert found["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), flat),
+                                              abs=1e-12)

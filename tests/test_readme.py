@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import bench
+import download
+import predict
 import train
-from settings import Settings, parse
 import transfusion
+from settings import Settings, parse
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -27,11 +30,33 @@ def test_the_first_two_commands():
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "train.py" in c])
-def test_commands_parse(command):
+def test_training_commands_parse(command):
     words = shlex.split(command)
-    assert words[:2] == ["python", "train.py"] and (ROOT / "train.py").is_file()
+    assert words[:2] == ["python", "train.py"]
     settings, _ = parse(words[2:])
     assert settings.category
+
+
+@pytest.mark.parametrize("module", [download, predict, bench])
+def test_other_commands_are_those_of_the_readme(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    usage = capsys.readouterr().out
+    mine = [c for c in commands() + re.findall(r"`(python [^`]+)`", README)
+            if module.__name__ + ".py" in c]
+    assert mine
+    for flag in re.findall(r"(--[a-z-]+)", " ".join(mine)):
+        assert flag in usage, flag
+
+
+def test_every_notebook_and_section_of_the_index_exists():
+    rows = re.findall(r"^\| [^|]*(?:Fig|Table)[^|]* \| (\d\d_\w+)(?:, ([^;|]+?))?(?:;[^|]*)? \|", README,
+                      re.M)
+    assert len(rows) > 8
+    for name, section in rows:
+        text = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
+        assert not section or section.startswith("without") or f"## {section}" in text, section
 
 
 def test_every_equation_is_where_the_index_says():
@@ -49,7 +74,8 @@ def test_every_equation_is_where_the_index_says():
 def test_flags_and_links_exist():
     fields = {name.replace("_", "-") for name in Settings.__dataclass_fields__}
     fields |= {"no-pe", "no-sim-mask", "eval", "eval-every", "resume", "weights", "help"}
-    assert set(re.findall(r"--([a-zA-Z][a-zA-Z-]*)", README)) <= fields
+    fields |= {"check", "maps", "nproc_per_node"}                                      # of download.py, predict.py
+    assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     assert "@@" not in README

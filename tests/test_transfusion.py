@@ -439,3 +439,16 @@ def test_one_code_path_for_cuda():
             M_final = tf.final_mask(result.M_disc, result.M_recon)
             for tensor in (*losses.values(), *result, *made, M_final, tf.anomaly_score(M_final)):
                 assert tensor.device.type == "cuda"
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = TransFusion(8, recompute=recompute)
+        generator = torch.Generator().manual_seed(1)
+        x, eps = (torch.rand(2, 3, 16, 16, generator=generator) for _ in range(2))
+        M = (torch.rand(2, 1, 16, 16, generator=generator) > 0.5).float()
+        model.losses(x, eps * M, M, M, torch.tensor([3, 20]))["loss"].backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])

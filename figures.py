@@ -1,0 +1,269 @@
+"""What the notebooks share: finding a run, the paper's tables, drawing images and maps.
+
+The notebooks load and plot; what they need beyond that is here or in the module that owns it.
+"""
+import csv
+import dataclasses
+import json
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle
+from scipy import ndimage
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import demo
+import perlin
+import train
+from data import InputError
+from runs import Source, load_model, load_source
+from score import final_maps, image_scores
+from settings import Settings
+from transfusion import Restoration, TransFusion
+
+HERE = Path(__file__).parent
+# The run a notebook makes where there is none: a minute or two on two cores.
+SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--steps", "300",
+         "--name", "notebook"]
+
+
+class Run(NamedTuple):
+    """A finished run, its model, its data and its raw maps [N, H, W] by name."""
+    folder: Path
+    model: TransFusion
+    s: Settings
+    source: Source
+    maps: dict[str, np.ndarray]
+    metrics: dict
+
+    @property
+    def M_final(self) -> np.ndarray:
+        """Eq. 10 of every test image, [N, H, W]."""
+        return final_maps(self.maps, self.s)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Eq. 11 of every test image, [N]."""
+        return image_scores(self.M_final)
+
+    def images(self, indices) -> Tensor:
+        """Test images [B, 3, H, W] in [-1, 1]."""
+        return perlin.scale(self.source.test[list(indices)])
+
+    def restore(self, indices) -> Restoration:
+        """The restoration of some test images."""
+        return self.model.restore(self.images(indices))
+
+
+def find_runs(name: str, runs: str) -> list[Path]:
+    """Finished runs of a data set under the default names, one a category."""
+    return [p.parent for p in sorted((Path(runs) / name).glob("*/metrics.json"))
+            if json.loads((p.parent / "config.json").read_text())["name"] in ("", "notebook")]
+
+
+def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
+    """A finished run of a data set, of this category or the first there is.
+
+    For the demo data a small one is trained where there is none. Raises InputError.
+    """
+    if name == "demo":
+        demo.write(Path(root) / "demo")
+    found = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
+    if not found and name == "demo" and category in ("", "fabric"):
+        train.main([*SMALL, "--root", root, "--out", runs])
+        found = find_runs(name, runs)
+    if not found:
+        raise InputError(f"no finished run of {name} {category} under {runs}: "
+                         f"python train.py --data {name} --category {category or 'CATEGORY'}")
+    folder = found[0]
+    model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
+    s = dataclasses.replace(s, root=root, device="cpu")
+    with np.load(folder / "maps.npz") as file:
+        maps = {k: file[k] for k in file.files}
+    return Run(folder, model, s, load_source(s, training=False), maps,
+               json.loads((folder / "metrics.json").read_text()))
+
+
+def image_auroc(run: Run, **scoring) -> float:
+    """Image AUROC of a run's maps under other scoring settings: lam, kernel, final_mask."""
+    M_final = final_maps(run.maps, dataclasses.replace(run.s, **scoring))
+    return float(roc_auc_score(run.source.category.labels, image_scores(M_final)))
+
+
+# ---------------------------------------------------------------- tables
+
+def paper_table(name: str) -> list[dict[str, str]]:
+    """A published table, notebooks/paper/NAME.csv, its first line (what it is) left out."""
+    with open(HERE / "notebooks" / "paper" / f"{name}.csv", newline="") as file:
+        next(file)
+        return list(csv.DictReader(file))
+
+
+def our_metrics(name: str, runs: str) -> dict[str, dict]:
+    """metrics.json of every category of a data set: from `runs`, else from results/runs.csv (the
+    first seed listed)."""
+    found = {}
+    with open(HERE / "results" / "runs.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["data"] == name and "--name" not in row["command"]:
+                found.setdefault(row["category"], {k: float(row[k]) for k in
+                                                   ("image_auroc", "aupro", "pixel_auroc",
+                                                    "pixel_ap") if row[k]})
+    for folder in find_runs(name, runs):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        found[metrics["category"]] = metrics
+    return found
+
+
+class Table:
+    """Rows of text under a title, shown as HTML by Jupyter and as text elsewhere."""
+
+    def __init__(self, title: str, columns: list[str], rows: list[list]):
+        self.title, self.columns = title, columns
+        self.rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
+
+    def _repr_html_(self) -> str:
+        def cells(row, tag):
+            return "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
+        body = "".join(f"<tr>{cells(map(render, row), 'td')}</tr>" for row in self.rows)
+        return (f"<table><caption>{escape(self.title)}</caption>"
+                f"<tr>{cells(map(escape, self.columns), 'th')}</tr>{body}</table>")
+
+    def __repr__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(self.columns))]
+        return "\n".join([self.title] + ["  ".join(c.rjust(w) for c, w in zip(line, widths))
+                                         for line in lines])
+
+
+MARKS = ("**", "__", "//")                          # first, second and third of a row
+
+
+def render(cell: str) -> str:
+    for mark, tag in zip(MARKS, ("b", "u", "i")):
+        if len(cell) > 4 and cell.startswith(mark) and cell.endswith(mark):
+            return f"<{tag}>{escape(cell[2:-2])}</{tag}>"
+    return escape(cell)
+
+
+def mark_best(cells: list[str]) -> list[str]:
+    """Numbers of one row with the first, second and third marked; equal values share a place."""
+    ranked = sorted({float(c) for c in cells if c not in ("", None)}, reverse=True)[:3]
+    places = dict(zip(ranked, MARKS))
+    return [f"{places[float(c)]}{c}{places[float(c)]}" if c and float(c) in places else c or ""
+            for c in cells]
+
+
+def percent(value: float | None) -> str:
+    return "not run" if value is None else f"{100 * value:.1f}"
+
+
+def difference(ours: float | None, published: str) -> str:
+    """Ours (a fraction) less a published value (in %), in percentage points."""
+    return "" if ours is None or not published else f"{100 * ours - float(published):+.1f}"
+
+
+# ---------------------------------------------------------------- pictures
+
+def show(axis: Axes, picture, title: str = "", top: float | None = None) -> None:
+    """Draw an image [3, H, W] in [-1, 1], or a map [H, W] from 0 to `top` (1 if not given)."""
+    picture = torch.as_tensor(picture).detach().float()
+    if picture.ndim == 3 and len(picture) == 3:
+        axis.imshow((picture.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0))
+    else:
+        axis.imshow(picture.squeeze(0) if picture.ndim == 3 else picture, cmap="inferno", vmin=0,
+                    vmax=1 if top is None else top)
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def overlay(axis: Axes, image: Tensor, M: np.ndarray, title: str = "", top: float = 1.0) -> None:
+    """A map over the grey image [3, H, W]."""
+    share = np.clip(np.asarray(M) / top, 0, 1)
+    axis.imshow((image / 2 + 0.5).mean(0), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * np.sqrt(share))
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def truth_of(run: Run, k: int) -> np.ndarray:
+    """Ground truth of a test image at the model's size, bool [H, W]; zeros where there is none."""
+    if run.source.masks is None:
+        return np.zeros((run.s.crop, run.s.crop), bool)
+    mask = torch.from_numpy(run.source.masks[k])[None, None].float()
+    return (torch.nn.functional.adaptive_avg_pool2d(mask, run.s.crop)[0, 0] >= 0.5).numpy()
+
+
+def predicted_mask(run: Run, k: int) -> np.ndarray:
+    """M_final above the pixel threshold (half of the largest score where there is none)."""
+    level = run.metrics.get("pixel_threshold")
+    return run.M_final[k] > (run.scores.max() / 2 if level is None else level)
+
+
+# ---------------------------------------------------------------- failure cases
+
+class Failure(NamedTuple):
+    """A test image that a rule picked, where it is worst, and why, in a sentence."""
+    index: int
+    rule: str
+    where: np.ndarray                     # bool [H, W], the largest disagreement
+    why: str
+
+
+def largest_region(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else labels > 0
+
+
+def circle(axis: Axes, where: np.ndarray) -> None:
+    """A red circle around a region."""
+    if where.any():
+        rows, columns = np.nonzero(where)
+        middle = ((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2)
+        radius = max(np.ptp(rows), np.ptp(columns)) / 2 + 3
+        axis.add_patch(Circle(middle, radius, fill=False, color="red", linewidth=1.5))
+
+
+def failures(run: Run, each: int = 2) -> list[Failure]:
+    """The `each` worst test images under each of four rules, found from scores and maps alone.
+
+    Missed: the defective images of lowest score. False alarm: the good ones of highest. Restored,
+    not annotated: the most changed image area outside the truth. Disagreeing: the least overlap
+    (intersection over union) of predicted and true mask.
+    """
+    labels, scores, found = run.source.category.labels, run.scores, []
+    truth = np.stack([truth_of(run, k) for k in range(len(labels))])
+    predicted = np.stack([predicted_mask(run, k) for k in range(len(labels))])
+    good, bad = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
+    threshold = run.metrics.get("threshold")
+    against = "" if threshold is None else f" (threshold {threshold:.3f})"
+    for k in bad[scores[bad].argsort()][:each]:
+        found.append(Failure(k, "missed", largest_region(truth[k]),
+                             f"scores only {scores[k]:.3f}{against}: on its {truth[k].sum()} "
+                             f"annotated pixels no single mask exceeds "
+                             f"{run.maps['M_disc'][k][truth[k]].max(initial=0):.2f} on average"))
+    for k in good[scores[good].argsort()[::-1]][:each]:
+        found.append(Failure(k, "false alarm", largest_region(run.M_final[k] > 0.8 * scores[k]),
+                             f"a good image that scores {scores[k]:.3f}{against}, more than "
+                             f"{np.mean(scores[bad] < scores[k]):.0%} of the defective ones"))
+    changed = (run.maps["M_recon"] > 0.01) & ~ndimage.binary_dilation(truth, np.ones((1, 5, 5)))
+    areas = changed.sum((1, 2))
+    for k in areas.argsort()[::-1][:each]:
+        found.append(Failure(k, "restored, not annotated", largest_region(changed[k]),
+                             f"{areas[k]} pixels outside the annotation were changed by more than "
+                             f"a tenth of the grey range"))
+    joint = (truth & predicted)[bad].sum((1, 2)) / np.maximum((truth | predicted)[bad].sum((1, 2)),
+                                                              1)
+    for k, share in sorted(zip(bad, joint), key=lambda pair: pair[1])[:each]:
+        found.append(Failure(k, "masks disagree", largest_region(truth[k] ^ predicted[k]),
+                             f"predicted and true mask share {share:.0%} of their union: "
+                             f"{(predicted[k] & ~truth[k]).sum()} pixels too many, "
+                             f"{(truth[k] & ~predicted[k]).sum()} too few"))
+    return found
