@@ -48,8 +48,8 @@ class InputError(ValueError):
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """Do a command's work. Returns its status, 2 for a user's mistake (said in a line), 130 for Ctrl-C.
-    """
+    """Do a command's work. Returns its status; 2 for a user's mistake, which is said in one line,
+    and 130 for Ctrl-C."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}",
@@ -59,7 +59,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -279,9 +279,9 @@ class Images(Sequence):
         self.cache = None
         if self.in_memory:
             self.cache = np.empty((len(paths), 3, crop, crop), np.uint8)
-            bar = tqdm(paths, desc=title, unit="image", leave=False, disable=not progress)
-            for k, path in enumerate(bar):
-                self.cache[k] = load_image(path, resize, crop)
+            with tqdm(paths, desc=title, unit="image", leave=False, disable=not progress) as bar:
+                for k, path in enumerate(bar):
+                    self.cache[k] = load_image(path, resize, crop)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -267,8 +267,8 @@ def shortfalls(name: str, folder: Path) -> list[str]:
     """What sets a data set's folder apart from the published one, by its listing: a line each."""
     if name == "dtd":
         counts = [len(data.list_images(p)) for p in folder.glob("images/*") if p.is_dir()]
-        return [] if counts == DTD else [f"{folder}: {sum(counts)} images in {len(counts)} classes, "
-                                         f"not {DTD[0]} in each of {len(DTD)}"]
+        return [] if counts == DTD else [f"{folder}: {sum(counts)} images in {len(counts)} "
+                                         f"classes, not {DTD[0]} in each of {len(DTD)}"]
     paths = [folder / category for category in data.CATEGORIES[name]]
     if name == "btad":
         return [f"{path}: missing" for path in paths if not data.is_category(path)]

@@ -391,13 +391,11 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("form", ["tar", "zip"])
+@pytest.mark.parametrize("form, kind", [(form, kind) for form in ("tar", "zip") for kind in HOSTILE
+                                        if (form, kind) != ("zip", "hard link")])   # has none
 def test_hostile_archives(tmp_path, capsys, server, form, kind):
     in_tar, in_zip, match = HOSTILE[kind]
     entry = in_tar if form == "tar" else in_zip
-    if entry is None:
-        pytest.skip("a zip archive has no hard links")
     root, files = tmp_path / "root", visa_files()
     if form == "tar":
         entry.name = entry.name.format(root=tmp_path)
