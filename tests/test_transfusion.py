@@ -452,3 +452,8 @@ def test_recomputed_activations_give_the_same_gradients():
         model.losses(x, eps * M, M, M, torch.tensor([3, 20]))["loss"].backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+def test_attention_spelled_out_is_torchs():
+    q, k, v = torch.randn(3, 2, 1, 20, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    assert torch.allclose(tf.attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
