@@ -12,6 +12,7 @@ import resource
 import statistics
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,40 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float
     return 2 * n ** 3 / 1e9 / seconds(lambda: a @ b, device, repeats)
 
 
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of the process so far: of the GPU, or resident."""
+def peak_gb(s: Settings, training: bool) -> float:
+    """Peak memory of one training step, or of restoring one batch in two calls: of the GPU, or
+    resident, with what Python and torch themselves take. In a process of its own, as a process
+    remembers only its highest peak."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(use_memory, (s, training))
+
+
+def use_memory(s: Settings, training: bool) -> float:
+    device = torch.device(s.device)
+    model = train.start_model(s, "")
+    x = torch.zeros(s.batch, 3, s.crop, s.crop, device=device)
+    if training:
+        optimizer, ema = train.make_optimizer(model, s)
+        M = torch.ones_like(x[:, :1])
+        t = torch.full((s.batch,), model.last_step, device=device)
+        train.train_step(train.TrainingPass(model, ""), ema, optimizer, (x, x, M, M, t), s, 0.0)
+    else:
+        model.eval().restore(x, 2)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def memory_rows(s: Settings) -> list[dict]:
+    """Peak memory of training and evaluation by batch and by image side."""
+    rows = []
+    for batch, crop in ((2, s.crop), (4, s.crop), (8, s.crop), (16, s.crop), (8, 64), (8, 256)):
+        at = dataclasses.replace(s, batch=batch, crop=crop, resize=crop)
+        rows.append({"channels": s.channels, "crop": crop, "batch": batch,
+                     "training": peak_gb(at, True), "restoring": peak_gb(at, False),
+                     "training, --recompute": peak_gb(dataclasses.replace(at, recompute=True),
+                                                      True)})
+    return rows
 
 
 def training_rows(s: Settings, source, model: TransFusion, repeats: int) -> list[dict]:
@@ -89,7 +119,7 @@ def training_rows(s: Settings, source, model: TransFusion, repeats: int) -> list
     return [row("anomaly generation", generate), row("forward and losses", ahead, forward_gflop),
             row("backward", through - ahead, both_gflop - forward_gflop),
             row("optimiser and average", seconds(update, device, repeats)),
-            row(f"training step, batch {s.batch}", step, both_gflop, memory_gb(device)),
+            row(f"training step, batch {s.batch}", step, both_gflop),
             row("epoch", step * steps_per_epoch(s, source))]
 
 
@@ -99,8 +129,7 @@ def restoration_rows(s: Settings, model: TransFusion, repeats: int) -> list[dict
     model.eval()
 
     def measure(what: str, batch: int, work) -> dict:
-        return row(what, seconds(work, device, repeats) / batch, gflop(work) / batch,
-                   memory_gb(device))
+        return row(what, seconds(work, device, repeats) / batch, gflop(work) / batch)
 
     for batch in (1, 4, 16):
         x = torch.zeros(batch, 3, s.crop, s.crop, device=device)
@@ -141,9 +170,8 @@ def scoring_rows(s: Settings, category: data.Category, repeats: int) -> list[dic
                 seconds(lambda: data.Images(category.train, s.resize, s.crop), cpu, 1))]
 
 
-def row(what: str, seconds: float, gflop: float | None = None,
-        memory: float | None = None) -> dict:
-    return {"what": what, "seconds": seconds, "gflop": gflop, "memory_gb": memory,
+def row(what: str, seconds: float, gflop: float | None = None) -> dict:
+    return {"what": what, "seconds": seconds, "gflop": gflop,
             "gflop_per_second": gflop / seconds if gflop else None}
 
 
@@ -151,12 +179,12 @@ def print_table(rows: list[dict], rate: float) -> None:
     def cell(value, form):
         return "" if value is None else format(value, form)
 
-    print(f"{'':38}{'seconds':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'share':>8}{'peak GB':>9}")
+    print(f"{'':38}{'seconds':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'share':>8}")
     for r in rows:
         share = None if r["gflop_per_second"] is None else 100 * r["gflop_per_second"] / rate
         print(f"{r['what']:38}{r['seconds']:10.4f}{cell(r['gflop'], '9.1f'):>9}"
               f"{cell(r['gflop_per_second'], '9.0f'):>9}{cell(share, '6.0f'):>7}"
-              f"{' ' if share is None else '%'}{cell(r['memory_gb'], '9.2f'):>9}")
+              f"{'' if share is None else '%'}")
 
 
 def bench(argv: list[str] | None) -> None:
@@ -169,6 +197,7 @@ def bench(argv: list[str] | None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--cost", type=Path, metavar="FILE",
                         help="write how an image's time grows with size, width and calls, as CSV")
+    parser.add_argument("--memory", action="store_true", help="peak memory by batch and size, too")
     for name in ("channels", "crop", "batch"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     flags = parser.parse_args(argv)
@@ -191,13 +220,19 @@ def bench(argv: list[str] | None) -> None:
     print(f"{flags.preset} preset: {s.channels} channels, {s.crop} px, {precision}; "
           f"{hardware(s)}; matrix product {rate:.0f} GFLOP/s")
     print_table(rows, rate)
+    memory = memory_rows(s) if flags.memory else []
+    if memory:
+        print("\npeak GB " + "".join(f"{name:>23}" for name in memory[0]))
+    for r in memory:
+        print("        " + "".join(f"{v:23.2f}" if isinstance(v, float) else f"{v:23}"
+                                   for v in r.values()))
     if flags.cost:
         save_csv(flags.cost, cost_rows(s, flags.repeats))
     if flags.json:
         save_json(flags.json, {
             "settings": dataclasses.asdict(dataclasses.replace(s, root="")),
             "hardware": hardware(s), "torch": torch.__version__,
-            "python": platform.python_version(), "matmul_gflop_per_second": rate, "rows": rows})
+            "python": platform.python_version(), "matmul_gflop_per_second": rate, "rows": rows, "memory": memory})
 
 
 def main(argv: list[str] | None = None) -> int:

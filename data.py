@@ -113,8 +113,9 @@ def list_categories(data: str, root: Path) -> list[str]:
             return found
     if data in FOLDERS:
         raise InputError(
-            f"no {data} data under {root}: get it from {PAGES.get(data, 'demo.py')}, unpack it to "
-            f"{root / data}/CATEGORY, or say where it lies with --root DIR")
+            f"no {data} data under {root}: python download.py {data}, or get it from "
+            f"{PAGES.get(data, 'demo.py')} and unpack it to {root / data}/CATEGORY, or say where "
+            f"it lies with --root DIR")
     if not data_folders(data, root):
         raise InputError(f"--data {data}: neither a data set ({', '.join(FOLDERS)}) nor a folder")
     raise InputError(f"{data}: no category in it; each is a folder CATEGORY/train/good of images")

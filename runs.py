@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pickle
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,6 +183,9 @@ def load_torch(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist")
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is not a checkpoint: it holds other things than plain values and "
+                         f"tensors, and was not opened, as that could run code")
     except Exception as error:
         first = str(error).split("\n")[0][:120]
         raise InputError(f"{path} is not a checkpoint ({type(error).__name__}: {first})")
@@ -203,13 +207,20 @@ def add_to_checkpoint(path: Path, **content) -> None:
 def load_checkpoint(path: Path) -> tuple[Settings, dict]:
     """Settings and content of a checkpoint of ours. Raises InputError that says what it is not."""
     state = load_torch(path)
-    if not isinstance(state, dict) or "format" not in state or "settings" not in state:
+    parts = {"format": int, "settings": dict, "model": dict}
+    if not isinstance(state, dict) or any(not isinstance(state.get(k), kind)
+                                          for k, kind in parts.items()):
         raise InputError(f"{path} is not a checkpoint of train.py; the authors' go to --weights")
     if state["format"] > FORMAT:
         raise InputError(f"{path} was written by a newer version (format {state['format']}, this "
                          f"one reads up to {FORMAT}); update the code")
-    known = {f.name for f in dataclasses.fields(Settings)}
-    return Settings(**{k: v for k, v in state["settings"].items() if k in known}), state
+    known = {f.name: f.type for f in dataclasses.fields(Settings)}
+    settings = {k: v for k, v in state["settings"].items() if k in known}
+    wrong = [f"{k} {v!r}" for k, v in settings.items()
+             if type(v) is not known[k] and not (known[k] is float and type(v) is int)]
+    if wrong:
+        raise InputError(f"{path} holds settings that are none ({', '.join(wrong)[:100]})")
+    return Settings(**settings), state
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -301,9 +301,10 @@ def train_and_score(model: TransFusion, s: Settings, source: Source, folder: Pat
 def start_model(s: Settings, weights: str) -> TransFusion:
     model = build_model(s)
     if weights:
+        state = load_torch(Path(weights))
         try:
-            load_authors_weights(model, load_torch(Path(weights)))
-        except (ValueError, AttributeError) as error:
+            load_authors_weights(model, state)
+        except ValueError as error:
             raise InputError(f"--weights {weights}: {error} (their network: --preset authors)")
     layout = torch.channels_last if s.device.startswith("cuda") else torch.contiguous_format
     if RANKS > 1 and s.device.startswith("cuda"):

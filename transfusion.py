@@ -502,6 +502,8 @@ def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
     Raises ValueError that names every key missing, left over or of another shape; the model is
     not touched then.
     """
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError("the weights are no state dict, names with a tensor each")
     ours = model.net.state_dict()
     theirs = {k: v for k, v in state.items() if not k.endswith("inv_freq")}
     names = {name: authors_name(name) for name in ours}

@@ -1,4 +1,5 @@
 """bench.py prints its table and writes the same numbers."""
+import dataclasses
 import json
 
 import bench
@@ -26,3 +27,9 @@ def test_cost_of_size_width_and_calls(demo_root, tmp_path):
     seconds = {(r["varied"], r[r["varied"]]): float(r["seconds_per_image"]) for r in rows}
     assert seconds["crop", 256] > seconds["crop", 64]
     assert seconds["calls", 20] > 4 * seconds["calls", 1]
+
+
+def test_recomputing_takes_less_memory():
+    s = bench.Settings(channels=16, crop=128, resize=128, device="cpu", precision="float32")
+    kept, again = (bench.peak_gb(dataclasses.replace(s, recompute=r), True) for r in (False, True))
+    assert again < 0.8 * kept and bench.peak_gb(s, False) < kept

@@ -373,6 +373,8 @@ class Malicious:
     ({"a": torch.zeros(1)}, ["not a checkpoint of train.py"]),
     ("newer", ["newer version", "format 99"]),
     ("architecture", ["another architecture"]),
+    ("settings", ["is not a checkpoint of train.py"]),
+    ("setting", ["channels 'many'"]),
 ])
 def test_bad_checkpoints(parts, capsys, monkeypatch, content, expected):
     monkeypatch.chdir(parts)
@@ -389,6 +391,10 @@ def test_bad_checkpoints(parts, capsys, monkeypatch, content, expected):
             content = {**state, "format": 99}
         elif content == "architecture":
             content = {**state, "settings": {**state["settings"], "channels": 16}}
+        elif content == "settings":
+            content = {**state, "settings": [1]}
+        elif content == "setting":
+            content = {**state, "settings": {**state["settings"], "channels": "many"}}
         torch.save(content, path)
     refused(capsys, [*argv, "--eval"], "last.pt", *expected)
     assert not (parts / "executed").exists()
