@@ -111,8 +111,9 @@ def regions(file: str, M_final: np.ndarray, threshold: float) -> list[dict]:
 
 # ---------------------------------------------------------------- the command
 
-def find_images(given: list[str]) -> list[Path]:
-    """The files named, those of folders (searched through) and of globs. Raises InputError."""
+def find_images(given: list[str], out: Path) -> list[Path]:
+    """The files named, those of folders (searched through) and of globs, but none under `out`,
+    where an earlier call may have written. Raises InputError where a name stands for none."""
     found = []
     for name in given:
         path = Path(name)
@@ -123,10 +124,11 @@ def find_images(given: list[str]) -> list[Path]:
             some = [path]
         else:
             some = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
+        some = [p.absolute() for p in some if out.absolute() not in p.absolute().parents]
         if not some:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         found += some
-    return list(dict.fromkeys(path.absolute() for path in found))
+    return list(dict.fromkeys(found))
 
 
 def tiff_place(file: Path, name: str) -> str:
@@ -152,9 +154,9 @@ def predict(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise InputError(f"--infer-steps {s.infer_steps}: {error}")
     image_threshold, pixel_threshold = say_thresholds(state.get("normal"), s, steps)
-    files = find_images(flags.images)
-    common = Path(os.path.commonpath([file.parent for file in files]))
     out = Path(flags.out)
+    files = find_images(flags.images, out)
+    common = Path(os.path.commonpath([file.parent for file in files]))
     make_folder(out)
 
     scores, found, unread = [], [], []

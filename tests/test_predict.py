@@ -69,6 +69,13 @@ def test_same_input_same_files(small, photos, tmp_path):
     assert a == b and len(a) == 2 + 3 * 8
 
 
+def test_its_own_pictures_are_no_images_to_inspect(small, photos):
+    for _ in range(2):
+        assert predict.main([str(small[0]), str(photos), "--out", str(photos / "found"),
+                             "--infer-steps", "1"]) == 0
+        assert len(rows_of(photos / "found" / "scores.csv")) == 8
+
+
 def test_regions_are_those_of_the_map(small, photos, tmp_path):
     out = tmp_path / "found"
     assert predict.main([str(small[0]), str(photos), "--out", str(out), "--maps", "tiff",

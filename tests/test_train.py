@@ -249,6 +249,13 @@ def test_all_categories_skip_the_finished_and_end_with_a_table(parts, capsys):
     assert "bolt is finished" in out and re.search(r"\nbolt .*\nnut .*\nmean of 2 ", out)
 
 
+def test_the_tables_mean_counts_zeros_and_leaves_out_what_is_undefined(capsys):
+    train.print_table([{"category": "bolt", "image_auroc": 0.5, "false_alarm_rate": 0.0},
+                       {"category": "nut", "image_auroc": None, "false_alarm_rate": 0.5}])
+    mean = capsys.readouterr().out.splitlines()[-1].split()
+    assert mean == ["mean", "of", "2", "50.0", "-", "-", "-", "25.0", "-"]
+
+
 @pytest.mark.parametrize("flags", [["--no-pe"], ["--no-sim-mask"], ["--drop-loss", "c"],
                                    ["--T", "5", "--schedule", "root"], ["--final-mask", "last"],
                                    ["--preset", "authors", "--channels", "8", "--epochs", "1",
