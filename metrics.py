@@ -1,6 +1,7 @@
 """Scores of anomaly maps: image and pixel AUROC and AP, F1-max, AUPRO, a threshold from normals.
 
-AUPRO is written out because its definition matters; the rest is scikit-learn's. NumPy only.
+AUPRO is written out because its definition matters, and the other pixel metrics follow from the same
+sorted pixels; the image metrics are scikit-learn's. No torch.
 """
 import warnings
 from typing import NamedTuple
@@ -165,7 +166,7 @@ def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05,
     n = n or len(ordered)
     if n == 0:
         raise ValueError("a threshold needs scores of normal images")
-    k = max(1, int(np.floor(false_alarms * (n + 1) + 1e-9)))
+    k = min(n, max(1, int(np.floor(false_alarms * (n + 1) + 1e-9))))
     if k > len(ordered):
         raise ValueError(f"a false-alarm rate of {false_alarms} needs the {k} largest scores of "
                          f"{n}, and {len(ordered)} are kept")

@@ -11,7 +11,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-LATTICE = 64            # > sqrt(2) * 32 periods + 1, so that a rotated map stays on the lattice
+LATTICE = 64            # > 32 sqrt(2) + 2: a rotated map of 32 periods stays on the lattice
 TEXTURAL = 0.5          # share of textural anomalies, the rest is structural (MemSeg)
 GRID = 8                # blocks per axis of a structural anomaly
 
@@ -24,6 +24,7 @@ class Synthetic(NamedTuple):
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A float32 copy; through a list, as FakeTensorMode cannot take NumPy's memory over."""
     return torch.tensor(array.tolist(), dtype=torch.float32, device=device)
 
 
@@ -82,8 +83,9 @@ def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor
                             case: Tensor, u: Tensor) -> Tensor:
     """M_a, the imperfect mask of the step before: the map of M thresholded anew, [B, 1, H, W].
 
-    case: [B, 1, 1, 1] in 0..3, equally likely: 0 empty (the paper's 25 %), 1 the threshold raised
-    by the share u (a smaller mask), 2 M itself, 3 lowered by u (a larger one); u: in [0, 1).
+    case, u: [B, 1, 1, 1], case in 0..3, equally likely: 0 empty (the paper's 25 %), 1 the threshold
+    raised by the share u in [0, 1) (a smaller mask, often empty too), 2 M itself, 3 lowered by u (a
+    larger one).
     """
     height = noise.abs() * foreground
     moved = threshold * (1 + u * ((case == 1).float() - (case == 3).float()))
@@ -91,6 +93,8 @@ def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor
 
 
 # ---------------------------------------------------------------- appearances
+
+# MemSeg's ten operations by torchvision; the ranges are the authors' code's, as far as it takes them.
 
 def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.cat([TF.adjust_gamma(channel, g)
@@ -148,7 +152,7 @@ def three_operations(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def shuffle_blocks(image: Tensor, order: list[int]) -> Tensor:
-    """Cut [C, H, W] in GRID x GRID blocks and put block order[k] at place k. H, W: times GRID."""
+    """Cut [C, H, W] in GRID x GRID blocks and put block order[k] at place k. H, W: multiples of GRID."""
     C, H, W = image.shape
     h, w = H // GRID, W // GRID
     blocks = image.view(C, GRID, h, GRID, w).permute(1, 3, 0, 2, 4).reshape(GRID ** 2, C, h, w)
@@ -175,8 +179,8 @@ def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Ten
     """Anomalies for the first half of a batch; the second half stays normal (section 4.3).
 
     images: uint8 [B, 3, H, W]; foreground: [B, 1, H, W] in {0, 1}; textures: uint8
-    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, whose guide is empty
-    as it is when the restoration starts. H and W must be multiples of 8.
+    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, whose guide is always
+    empty. H and W must be multiples of 8.
     """
     B, _, H, W = images.shape
     half, device = (B + 1) // 2, images.device
@@ -197,8 +201,8 @@ def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.ran
                  p: float = 0.3) -> tuple[Tensor, Tensor]:
     """Rotation augmentation (section 4.3): each sample with probability p by U(-degrees, degrees).
 
-    Nearest neighbour, black outside; the foreground turns along. Done before anomalies are laid
-    over, so x_t, x, eps, M and the guide all see the same rotation.
+    Nearest neighbour, black outside; the foreground turns along. Done before anomalies are made, so
+    these lie on the turned image.
     """
     turn, angle = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
     pairs = [(TF.rotate(image, float(a)), TF.rotate(mask, float(a))) if chosen else (image, mask)

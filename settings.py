@@ -1,6 +1,6 @@
 """The settings of a run: one dataclass whose fields are the flags, the presets, the command line.
 
-Defaults are the paper's (section 4.3); a preset changes some of them, a flag any.
+Defaults are the paper's (section 4.3) where it names a value; a preset changes some, a flag any.
 """
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ def setting(default, help: str, group: str, choices=None):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on; the defaults are the paper's. Each field is a flag."""
+    """Everything a run depends on; each field is a flag."""
     data: str = setting("demo", "mvtec, visa, btad, demo, or a folder of categories", "run")
     category: str = setting("", "the category, or all (demo: fabric)", "run")
     root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data)", "run")
@@ -109,14 +109,13 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
                                          or "the values above") for name, changes in PRESETS.items())
     parser = argparse.ArgumentParser(
         description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
-        epilog=f"presets, where they differ from the paper:\n{presets}",
+        epilog=f"presets, where they differ from these defaults:\n{presets}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {name: parser.add_argument_group(name)
               for name in ("run", "training", "method", "scoring")}
     for f in dataclasses.fields(Settings):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")
-        source = "default" if meta["group"] == "run" else "paper"
-        shown = f"{meta['help']} ({source}: {f.default})" if f.default != "" else meta["help"]
+        shown = f"{meta['help']} (default {f.default})" if f.default != "" else meta["help"]
         if f.type is bool:
             groups[meta["group"]].add_argument(flag, action=argparse.BooleanOptionalAction,
                                                help=shown)

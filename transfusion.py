@@ -5,6 +5,7 @@ process, 3.2 the network and the losses, 3.4 the reverse process. No files and n
 
 Symbols are the paper's. Tensors are [B, C, H, W]; images lie in [-1, 1]; M is a mask in {0, 1},
 M_t a predicted mask in [0, 1]; t counts from T (opaque anomaly) down to 0 (normal appearance).
+beta_t is what the paper calls the transparency level; it is an opacity: 1 at t = T, 0 at t = 0.
 """
 import math
 from typing import Iterator, NamedTuple
@@ -53,9 +54,10 @@ def transparency_schedule(T: int, kind: str = "linear", authors: bool = False) -
     T transitions, so T + 1 values; the authors' code has T values. Computed in float64, returned
     as float32. Raises ValueError for a T that leaves no transition or for an unknown kind.
     """
+    least = 3 if authors else 1
+    if T < least:
+        raise ValueError(f"T = {T} leaves no step of restoration: it must be at least {least}")
     values = T if authors else T + 1
-    if values < 2 or T < 1:
-        raise ValueError(f"T = {T} leaves no step: it must be at least {2 if authors else 1}")
     u = torch.linspace(0, 1, values, dtype=torch.float64)
     if kind not in ("linear", "quadratic", "root"):
         raise ValueError(f"unknown schedule {kind!r}: linear, quadratic or root")
@@ -188,7 +190,11 @@ class ResUNet(nn.Module):
     """The network of section 3.2: x_t, the guide M_a, PE and t in; eps_t, n_t and M_t's logit out.
 
     Four levels of width 1, 2, 4, 8 x `channels`, two residual blocks each on the way down and three
-    on the way up, attention at the two lowest resolutions: 54.6 M parameters at 64 channels.
+    on the way up, attention at the two lowest resolutions: 54.6 M parameters at 64 channels. The
+    anomaly head has a GroupNorm and a SiLU before its convolution, as in the authors' network (in
+    the paper it is the convolution alone).
+
+    channels: a multiple of 8.
 
     pe: a key of PE_CHANNELS; guide: whether the network sees the previous mask estimate
     (Table 4's ablations take either channel out of it). recompute: in training, keep only the
@@ -262,7 +268,8 @@ class ResUNet(nn.Module):
     def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t [B, 3, H, W] in [-1, 1]; M_a [B, 1, H, W] in {0, 1}; t [B] integer steps.
 
-        H and W must be multiples of 8. Returns eps_t and n_t, [B, 3, H, W] around [-1, 1], and the
+        H and W must be multiples of 8. Returns eps_t (beta_t eps_t where the model's
+        anomaly_target says so) and n_t, [B, 3, H, W] around [-1, 1], and the
         logit of M_t, [B, 1, H, W], all in float32 whatever autocast is on.
         """
         B, _, H, W = x_t.shape
@@ -320,7 +327,7 @@ class TransFusion(nn.Module):
             return self.net(x_t, M_a, t)
 
     def predict(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """eps_t, n_t and M_t's logit for integer steps t [B], the anomaly head undone to eps."""
+        """eps_t, n_t and M_t's logit for integer steps t [B] from 1, the anomaly head undone to eps."""
         eps_t, n_t, logit = self(x_t, M_a, t)
         if self.anomaly_target == "beta_eps":
             eps_t = eps_t / self.beta[t][:, None, None, None]
@@ -352,7 +359,7 @@ class TransFusion(nn.Module):
     def steps(self, infer_steps: int = 0) -> list[int]:
         """The steps visited: t_k = round(first - k first / K), k = 0..K; 0 means all of them.
 
-        Raises ValueError if there are more steps than the schedule has.
+        Raises ValueError for less than none or for more steps than the schedule has.
         """
         first = self.first_restoration_step
         K = infer_steps or first
@@ -408,8 +415,8 @@ class Restoration(NamedTuple):
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Mean structural similarity (Wang et al. 2004) of two [B, C, H, W] images in [-1, 1].
 
-    11 x 11 Gaussian window of sigma 1.5, dynamic range 2, over windows inside the image.
-    Returns a scalar in [-1, 1], 1 for equal images.
+    11 x 11 Gaussian window of sigma 1.5, dynamic range 2, over windows inside the image, so H and
+    W are at least 11. Returns a scalar in [-1, 1], 1 for equal images.
     """
     offsets = torch.arange(11, device=a.device, dtype=a.dtype) - 5
     window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))

@@ -214,3 +214,9 @@ def test_pixel_metrics_are_scikit_learns(levels):
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), flat), abs=1e-12)
     assert found["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), flat),
                                               abs=1e-12)
+
+
+def test_threshold_of_every_rate():
+    """A rate of 1 takes the lowest score, a rate of 0 the highest."""
+    assert metrics.normal_threshold([3, 1, 2], 1.0).value == 1
+    assert metrics.normal_threshold([3, 1, 2], 0.0).value == 3

@@ -162,8 +162,49 @@ def test_rotation_augmentation():
     turned = np.mean([not torch.equal(a, b) for _ in range(40)
                       for a, b in zip(perlin.rotate_batch(images, foreground, 90, rng)[0], images)])
     assert 0.2 < turned < 0.4
-    out, fg = perlin.rotate_batch(images, foreground, 45, rng, p=1.0)
-    assert out.dtype == torch.uint8 and not (out.sum(1, keepdim=True) * (1 - fg)).any()
+
+
+def test_rotation_turns_image_and_foreground_alike_and_up_to_its_angle():
+    """The image is its own foreground: they must stay the same picture, at angles over the range."""
+    bar = torch.zeros(200, 1, 64, 64)
+    bar[..., 30:34, 8:56] = 1
+    images = (255 * bar).to(torch.uint8).expand(-1, 3, -1, -1)
+    out, fg = perlin.rotate_batch(images, bar, 90, np.random.default_rng(0), p=1.0)
+    assert out.dtype == torch.uint8 and torch.equal(out[:, :1] > 0, fg > 0)
+    upright = (fg.sum((1, 3)) > 0).sum(1) > (fg.sum((1, 2)) > 0).sum(1)      # turned by over 45
+    assert 0.35 < float(upright.float().mean()) < 0.65
+
+
+def test_appearances(monkeypatch):
+    """Textural: the texture after three operations. Structural: the image's blocks after three."""
+    calls = []
+    monkeypatch.setattr(perlin, "three_operations", lambda image, rng: calls.append(1) or image + 1)
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, 8, 8)
+    texture = torch.full_like(image, 200)
+    kinds = []
+    for seed in range(40):
+        made = perlin.anomaly_appearance(image, texture, np.random.default_rng(seed))
+        kinds.append(bool((made == 201).all()))
+        if not kinds[-1]:
+            assert sorted(made[0].flatten().tolist()) == list(range(1, 65))
+            assert not torch.equal(made, image + 1)
+    assert len(calls) == 40 and 10 < sum(kinds) < 30
+
+
+def test_appearance_is_scaled_as_images_are():
+    """Flat black textures: a textural anomaly is dark, down to -1, in the scale of the images."""
+    eps = torch.cat([make(seed, fill=0)[1].eps for seed in range(20)])
+    assert float(eps.min()) == -1 and float(eps.max()) > 0.9
+
+
+def test_random_noise_covers_scales_and_angles(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(perlin, "perlin_noise", lambda gradients, periods, angles, H, W:
+                        seen.update(periods=periods, angles=angles))
+    perlin.random_perlin(np.random.default_rng(0), 400, 8, 8, torch.device("cpu"))
+    assert set(seen["periods"].flatten().tolist()) == {1, 2, 4, 8, 16, 32}
+    assert (seen["periods"][:, 0] != seen["periods"][:, 1]).any()
+    assert float(seen["angles"].min()) < -1.4 and float(seen["angles"].max()) > 1.4
 
 
 def test_scale():

@@ -88,9 +88,9 @@ def test_schedules():
         assert beta.tolist() == pytest.approx([law(k / 20) for k in range(21)], abs=1e-7)
     authors = tf.transparency_schedule(20, authors=True)
     assert authors.tolist() == pytest.approx([k / 19 for k in range(20)], abs=1e-7)
-    for bad in (0, -3):
+    for bad, authors in ((0, False), (-3, False), (2, True)):
         with pytest.raises(ValueError, match="T ="):
-            tf.transparency_schedule(bad)
+            tf.transparency_schedule(bad, authors=authors)
     with pytest.raises(ValueError, match="cubic"):
         tf.transparency_schedule(20, "cubic")
 
@@ -192,6 +192,17 @@ class Oracle(torch.nn.Module):
         return self.target(self.eps, t), self.n, 40 * (self.M - 0.5)
 
 
+class Fake(torch.nn.Module):
+    """A network that is the function it is given."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x_t, M_a, t):
+        return self.function(x_t, M_a, t)
+
+
 def test_losses_see_eq2_and_vanish_for_perfect_predictions():
     x, eps, M, M_a, t = tiny_batch()
     model = tiny()
@@ -202,6 +213,45 @@ def test_losses_see_eq2_and_vanish_for_perfect_predictions():
     assert torch.allclose(x_t, tf.forward_process(x, eps, M, torch.tensor([0.15, 1.0])
                                                   .view(2, 1, 1, 1)))
     assert torch.equal(guide, M_a)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_losses_of_imperfect_predictions_are_those_of_eq5_to_eq8(soft):
+    """Every term by hand, with a guide that is not M and predictions that are not the truth."""
+    x, eps, M, _, t = tiny_batch()
+    M_a = 1 - M
+    n, e, logit = x + 0.1, eps - 0.2, 3 * (torch.rand(M.shape, generator=torch.Generator()
+                                                      .manual_seed(3)) - 0.5)
+    model = tiny(soft_consistency=soft)
+    model.net = Fake(lambda *_: (e, n, logit))
+    found = model.losses(x, eps, M, M_a, t)
+    beta_t, beta_s = (torch.tensor(v).view(2, 1, 1, 1) for v in ([0.15, 1.0], [0.10, 0.95]))
+    x_t, x_s = ((1 - M) * x + b * M * eps + (1 - b) * M * x for b in (beta_t, beta_s))
+    M_t = logit.sigmoid() if soft else (logit.sigmoid() > 0.5).float()
+    step = x_t - (beta_t - beta_s) * M_t * e + (beta_t - beta_s) * M_t * n
+    assert float(found["c"]) == pytest.approx(float(((step - x_s) ** 2).mean()), rel=1e-4)
+    assert float(found["a"]) == pytest.approx(float(((e - eps) ** 2).mean()), rel=1e-5)
+    assert float(found["n"]) == pytest.approx(float(tf.normal_loss(n, x)), rel=1e-5)
+    assert float(found["m"]) == pytest.approx(float(tf.mask_loss(logit, M)), rel=1e-5)
+
+
+def test_restoration_reports_the_error_and_the_last_mask():
+    """A network that changes the image and whose mask depends on t."""
+    x = torch.full((1, 3, 8, 8), 0.5)
+    model = tiny()
+    model.net = Fake(lambda x_t, M_a, t: (x_t, x_t - 0.2,
+                                          torch.full_like(x_t[:, :1], float(t[0]))))
+    steps, found = list(model.reverse_process(x)), model.restore(x)
+    assert torch.allclose(found.M_recon, ((x - steps[-1].x_s) / 2)[:, :1] ** 2, atol=1e-7)
+    assert float(found.M_recon.min()) > 1e-3
+    assert float(found.M_last.mean()) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert float(found.M_disc.mean()) == pytest.approx(
+        np.mean([1 / (1 + math.exp(-t)) for t in range(1, 21)]))
+
+
+def test_the_papers_lambda_and_filter_are_the_defaults():
+    a, b = (torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    assert torch.equal(tf.final_mask(a, b), tf.final_mask(a, b, 0.95, 7))
 
 
 def test_authors_anomaly_target_is_beta_eps():
