@@ -76,6 +76,9 @@ def use_memory(s: Settings, training: bool) -> float:
         model.eval().restore(x, 2)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")            # ru_maxrss begins with the parent's on Linux
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 

@@ -235,7 +235,7 @@ def failures(run: Run, each: int = 2) -> list[Failure]:
     """The `each` worst test images under each of four rules, found from scores and maps alone.
 
     Missed: the defective images of lowest score. False alarm: the good ones of highest. Restored,
-    not annotated: the most changed image area outside the truth. Disagreeing: the least overlap
+    not annotated: the most changed image area outside the truth, where there is any. Disagreeing: the least overlap
     (intersection over union) of predicted and true mask.
     """
     labels, scores, found = run.source.category.labels, run.scores, []
@@ -255,7 +255,7 @@ def failures(run: Run, each: int = 2) -> list[Failure]:
                              f"{np.mean(scores[bad] < scores[k]):.0%} of the defective ones"))
     changed = (run.maps["M_recon"] > 0.01) & ~ndimage.binary_dilation(truth, np.ones((1, 5, 5)))
     areas = changed.sum((1, 2))
-    for k in areas.argsort()[::-1][:each]:
+    for k in [k for k in areas.argsort()[::-1] if areas[k]][:each]:
         found.append(Failure(k, "restored, not annotated", largest_region(changed[k]),
                              f"{areas[k]} pixels outside the annotation were changed by more than "
                              f"a tenth of the grey range"))

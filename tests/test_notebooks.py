@@ -102,7 +102,7 @@ def test_failures_are_found_by_their_rules(small, demo_root):
     labels, scores = run.source.category.labels, run.scores
     found = figures.failures(run, each=1)
     by_rule = {case.rule: case for case in found}
-    assert len(by_rule) == 4
+    assert {"missed", "false alarm", "masks disagree"} <= set(by_rule)
     assert by_rule["missed"].index == np.where(labels == 1, scores, 9).argmin()
     assert by_rule["false alarm"].index == np.where(labels == 0, scores, -9).argmax()
     assert all(case.where.shape == (64, 64) for case in found)

@@ -21,7 +21,7 @@ from settings import Settings, build_model
 from test_train import argv_for, parts  # noqa: F401  (a fixture)
 
 HERE = Path(train.__file__).parent
-STEPS = 160
+STEPS = 400
 
 
 def start(argv):
@@ -35,14 +35,17 @@ def killing(argv, folder, rng, in_write):
 
     Returns whether it was still running then.
     """
+    began = time.time_ns()
     process = start(argv)
-    while not (folder / "config.json").exists():
+    config = folder / "config.json"                       # written anew when training starts
+    while not config.exists() or config.stat().st_mtime_ns < began:
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     if in_write:
         while not (folder / "last.pt.part").exists() and process.poll() is None:
             pass
     else:
-        time.sleep(rng.uniform(0, 8))
+        time.sleep(rng.uniform(0, 1.5))
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
