@@ -294,8 +294,15 @@ def train_and_score(model: TransFusion, s: Settings, source: Source, folder: Pat
         print(f"  {in_words(thresholds(normal, s)[0], len(normal['images']))}")
     if not source.test:
         print("  no test images: trained, but not scored")
-        return {"category": s.category}
-    return write_results(folder, scored, s, source, progress, normal)
+        found = {"data": s.data, "category": s.category, "seed": s.seed, "step": progress["step"],
+                 "threshold": thresholds(normal, s)[0].value if normal else None}
+        save_json(folder / "metrics.json", found)
+        return found
+    found = write_results(folder, scored, s, source, progress, normal)
+    if normal and not math.isnan(found["image_f1max"]):
+        print(f"  at that threshold the test set's F1 is {100 * found['image_f1']:.1f} %; the best "
+              f"threshold for this very test set would give {100 * found['image_f1max']:.1f} %")
+    return found
 
 
 def start_model(s: Settings, weights: str) -> TransFusion:

@@ -275,6 +275,8 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
     shutil.rmtree(parts / "bolt" / "test")
     assert train.main(argv_for(parts, "--name", "untested")) == 0
     assert "not scored" in capsys.readouterr().out
+    assert train.main(argv_for(parts, "--name", "untested")) == 0
+    assert "is finished with these settings" in capsys.readouterr().out
 
 
 def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys):
