@@ -235,7 +235,8 @@ def bench(argv: list[str] | None) -> None:
         save_json(flags.json, {
             "settings": dataclasses.asdict(dataclasses.replace(s, root="")),
             "hardware": hardware(s), "torch": torch.__version__,
-            "python": platform.python_version(), "matmul_gflop_per_second": rate, "rows": rows, "memory": memory})
+            "python": platform.python_version(), "matmul_gflop_per_second": rate,
+            "rows": rows, "memory": memory})
 
 
 def main(argv: list[str] | None = None) -> int:

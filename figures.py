@@ -5,6 +5,8 @@ The notebooks load and plot; what they need beyond that is here or in the module
 import csv
 import dataclasses
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,8 @@ SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--steps", "3
          "--name", "notebook"]
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """A finished run, its model, its data and its raw maps [N, H, W] by name."""
     folder: Path
     model: TransFusion
@@ -41,12 +44,12 @@ class Run(NamedTuple):
     maps: dict[str, np.ndarray]
     metrics: dict
 
-    @property
+    @cached_property
     def M_final(self) -> np.ndarray:
         """Eq. 10 of every test image, [N, H, W]."""
         return final_maps(self.maps, self.s)
 
-    @property
+    @cached_property
     def scores(self) -> np.ndarray:
         """Eq. 11 of every test image, [N]."""
         return image_scores(self.M_final)
@@ -235,8 +238,8 @@ def failures(run: Run, each: int = 2) -> list[Failure]:
     """The `each` worst test images under each of four rules, found from scores and maps alone.
 
     Missed: the defective images of lowest score. False alarm: the good ones of highest. Restored,
-    not annotated: the most changed image area outside the truth, where there is any. Disagreeing: the least overlap
-    (intersection over union) of predicted and true mask.
+    not annotated: the most changed image area outside the truth, where there is any. Disagreeing:
+    the least overlap (intersection over union) of predicted and true mask.
     """
     labels, scores, found = run.source.category.labels, run.scores, []
     truth = np.stack([truth_of(run, k) for k in range(len(labels))])

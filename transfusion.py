@@ -268,9 +268,9 @@ class ResUNet(nn.Module):
     def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t [B, 3, H, W] in [-1, 1]; M_a [B, 1, H, W] in {0, 1}; t [B] integer steps.
 
-        H and W must be multiples of 8. Returns eps_t (beta_t eps_t where the model's
-        anomaly_target says so) and n_t, [B, 3, H, W] around [-1, 1], and the
-        logit of M_t, [B, 1, H, W], all in float32 whatever autocast is on.
+        H and W must be multiples of 8. Returns eps_t (beta_t eps_t where the model's anomaly_target
+        says so) and n_t, [B, 3, H, W] around [-1, 1], and the logit of M_t, [B, 1, H, W], all in
+        float32 whatever autocast is on.
         """
         B, _, H, W = x_t.shape
         inputs = [x_t]
@@ -327,7 +327,7 @@ class TransFusion(nn.Module):
             return self.net(x_t, M_a, t)
 
     def predict(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """eps_t, n_t and M_t's logit for integer steps t [B] from 1, the anomaly head undone to eps."""
+        """eps_t, n_t and M_t's logit for steps t [B] from 1 on, the anomaly head undone to eps."""
         eps_t, n_t, logit = self(x_t, M_a, t)
         if self.anomaly_target == "beta_eps":
             eps_t = eps_t / self.beta[t][:, None, None, None]
