@@ -144,6 +144,41 @@ class Table:
                                          for line in lines])
 
 
+def ablation_runs(runs: str) -> list[list[dict]]:
+    """The rows of every table4-*.csv that ablations.py made under `runs`, else those in results/."""
+    files = {path.name: path for folder in (HERE / "results", Path(runs) / "ablations")
+             for path in sorted(folder.glob("table4-*.csv"))}
+    found = []
+    for path in files.values():
+        with open(path, newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    return found
+
+
+def table4(rows: list[dict]) -> Table:
+    """Table 4 with the rows of `ablations.py` (of one category) beside the paper's.
+
+    Differences to the full model in percentage points, image AUROC (det) and AUPRO (loc); ours to
+    the mean over the full model's seeds, whose standard deviation says what is noise.
+    """
+    def values(condition: str, key: str) -> np.ndarray:
+        return 100 * np.array([float(r[key]) for r in rows if r["condition"] == condition])
+
+    full = {key: values("full model", key) for key in ("image_auroc", "aupro")}
+    table = []
+    for paper in paper_table("table4_ablations"):
+        cells = [paper[k] for k in ("mvtec_det", "mvtec_loc", "visa_det", "visa_loc")]
+        for key, seeds in full.items():
+            found = values(paper["condition"], key)
+            cells.append(f"{seeds.mean():.1f} ± {seeds.std(ddof=1):.1f}" if not paper["flag"] else
+                         f"{found[0] - seeds.mean():+.1f}" if len(found) else "not run")
+        table.append([paper["group"], paper["condition"], *cells, paper["flag"]])
+    return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} "
+                 f"{rows[0]['category']}, {rows[0]['step']} training steps",
+                 ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc", "ours det",
+                  "ours loc", "flag"], table)
+
+
 MARKS = ("**", "__", "//")                          # first, second and third of a row
 
 

@@ -187,6 +187,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path, state: 
         progress = {k: state[k] for k in progress}
     if RANK == 0:
         announce(model, s, source, steps - progress["step"], per_epoch, device)
+    if s.compile:
+        model.net.compile()
     losses_of = training_pass(model, s)
 
     def checkpoint():

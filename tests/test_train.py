@@ -266,6 +266,20 @@ def test_ablations_run(parts, flags):
     assert 0 <= found["aupro"] <= 1
 
 
+def test_a_compiled_network_learns_the_same(parts, monkeypatch):
+    """Traced, but not handed to the C++ compiler, which takes minutes."""
+    whole, used = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self: used.append(self) or whole(self, backend="eager"))
+    for name in ("--no-compile", "--compile"):
+        assert train.main(argv_for(parts, "--steps", "3", name, "--name", name[2:])) == 0
+    plain, compiled = (load_model(parts.parent / "runs" / "parts" / f"bolt-{n}" / "last.pt",
+                                  torch.device("cpu"))[0].state_dict()
+                       for n in ("no-compile", "compile"))
+    assert len(used) == 1 and plain.keys() == compiled.keys()
+    assert all(torch.allclose(plain[k], compiled[k], atol=1e-5) for k in plain)
+
+
 def test_without_masks_or_without_a_test_set(parts, capsys):
     shutil.rmtree(parts / "bolt" / "ground_truth")
     assert train.main(argv_for(parts)) == 0

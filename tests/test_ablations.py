@@ -1,0 +1,49 @@
+"""Table 4: what ablations.py trains, keeps and prints."""
+import csv
+
+import pytest
+
+import ablations
+import figures
+import train
+from test_train import argv_for, parts  # noqa: F401
+
+
+def test_the_papers_rows_and_the_full_models_seeds():
+    flags = [flag for _, flag, _ in ablations.conditions()]
+    assert flags[:3] == ["", "", ""] and len(set(flags[3:])) == len(flags[3:]) == 14
+    assert [seed for _, _, seed in ablations.conditions()][:4] == ["0", "1", "2", "0"]
+
+
+def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
+    rows = [row for row in ablations.conditions() if row[1] in ("", "--no-pe", "--T 5",
+                                                               "--final-mask recon")]
+    monkeypatch.setattr(ablations, "conditions", lambda: rows)
+    argv = argv_for(parts, "--steps", "2")
+    ablations.main(argv)
+    folder = parts.parent / "runs"
+    with open(folder / "table4-parts-bolt.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [r["condition"] for r in found] == 3 * ["full model"] + ["without PE", "only M_recon",
+                                                                    "5 steps"]
+    runs = {path.parent.name for path in (folder / "parts").glob("*/metrics.json")}
+    assert runs == {"bolt-seed-0", "bolt-seed-1", "bolt-seed-2", "bolt-no-pe", "bolt-T-5"}
+    assert (folder / "parts" / "bolt-seed-0" / "metrics-final_maskrecon.json").exists()
+
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "write_results", lambda *_: pytest.fail("scored again"))
+    capsys.readouterr()
+    ablations.main(argv)
+    assert "Table 4" in capsys.readouterr().out
+
+
+def test_differences_are_to_the_mean_of_the_seeds():
+    rows = [{"data": "demo", "category": "gear", "step": 1, "condition": condition,
+             "image_auroc": a, "aupro": b}
+            for condition, a, b in (("full model", "0.8", "0.5"), ("full model", "0.9", "0.7"),
+                                    ("without PE", "0.80", "0.65"))]
+    table = figures.table4(rows)
+    by_condition = {row[1]: row[6:8] for row in table.rows}
+    assert by_condition["without PE"] == ["-5.0", "+5.0"]
+    assert by_condition["TransFusion"] == ["85.0 ± 7.1", "60.0 ± 14.1"]
+    assert by_condition["root"] == ["not run", "not run"]
