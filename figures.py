@@ -24,7 +24,7 @@ import perlin
 import train
 from data import InputError
 from runs import Source, load_model, load_source
-from score import final_maps, image_scores
+from score import final_maps, image_scores, over_grey
 from settings import Settings
 from transfusion import Restoration, TransFusion
 
@@ -145,7 +145,7 @@ class Table:
 
 
 def ablation_runs(runs: str) -> list[list[dict]]:
-    """The rows of every table4-*.csv that ablations.py made under `runs`, else those in results/."""
+    """The rows of every table4-*.csv of ablations.py under `runs`, and in results/."""
     files = {path.name: path for folder in (HERE / "results", Path(runs) / "ablations")
              for path in sorted(folder.glob("table4-*.csv"))}
     found = []
@@ -175,8 +175,8 @@ def table4(rows: list[dict]) -> Table:
         table.append([paper["group"], paper["condition"], *cells, paper["flag"]])
     return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} "
                  f"{rows[0]['category']}, {rows[0]['step']} training steps",
-                 ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc", "ours det",
-                  "ours loc", "flag"], table)
+                 ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc",
+                  "ours det", "ours loc", "flag"], table)
 
 
 MARKS = ("**", "__", "//")                          # first, second and third of a row
@@ -223,9 +223,8 @@ def show(axis: Axes, picture, title: str = "", top: float | None = None) -> None
 
 def overlay(axis: Axes, image: Tensor, M: np.ndarray, title: str = "", top: float = 1.0) -> None:
     """A map over the grey image [3, H, W]."""
-    share = np.clip(np.asarray(M) / top, 0, 1)
-    axis.imshow((image / 2 + 0.5).mean(0), cmap="gray", vmin=0, vmax=1)
-    axis.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * np.sqrt(share))
+    picture = (image.permute(1, 2, 0).numpy() / 2 + 0.5) * 255
+    axis.imshow(over_grey(picture, np.asarray(M), top) / 255)
     axis.set_title(title, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])

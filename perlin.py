@@ -94,7 +94,7 @@ def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor
 
 # ---------------------------------------------------------------- appearances
 
-# MemSeg's ten operations by torchvision; the ranges are the authors' code's, as far as it takes them.
+# MemSeg's ten operations by torchvision, in the ranges of the authors' code as far as it takes them.
 
 def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.cat([TF.adjust_gamma(channel, g)
@@ -152,7 +152,7 @@ def three_operations(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def shuffle_blocks(image: Tensor, order: list[int]) -> Tensor:
-    """Cut [C, H, W] in GRID x GRID blocks and put block order[k] at place k. H, W: multiples of GRID."""
+    """Cut [C, H, W] in GRID x GRID blocks, put block order[k] at place k. GRID divides H, W."""
     C, H, W = image.shape
     h, w = H // GRID, W // GRID
     blocks = image.view(C, GRID, h, GRID, w).permute(1, 3, 0, 2, 4).reshape(GRID ** 2, C, h, w)

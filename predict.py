@@ -22,7 +22,7 @@ from tqdm import tqdm
 import perlin
 from data import InputError, exit_status, list_images, open_image, preprocess, to_rgb
 from runs import load_model, make_folder, save_atomically, save_csv
-from score import in_words, thresholds
+from score import in_words, over_grey, thresholds
 from settings import Settings, pick_device
 from transfusion import TransFusion, anomaly_score, final_mask
 
@@ -80,12 +80,7 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
 
 def heat_map(image: np.ndarray, M_final: np.ndarray, top: float) -> Image.Image:
     """The map over the grey image, colours from 0 to `top`; what was not inspected is hatched."""
-    from matplotlib import colormaps
-    share = np.clip(np.nan_to_num(M_final) / top, 0, 1)
-    colours = colormaps["inferno"](share)[..., :3] * 255
-    grey = image.mean(-1, keepdims=True).repeat(3, -1)
-    alpha = 0.8 * np.sqrt(share)[..., None]
-    shown = (1 - alpha) * grey + alpha * colours
+    shown = over_grey(image, np.nan_to_num(M_final), top)
     rows, columns = np.indices(M_final.shape)
     hatched = np.isnan(M_final) & ((rows + columns) // 4 % 2 == 0)
     shown[hatched] = 0.5 * shown[hatched] + 64

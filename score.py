@@ -183,6 +183,15 @@ def hardware(s: Settings) -> str:
     return f"{found[0] if found else platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def over_grey(image: np.ndarray, M: np.ndarray, top: float) -> np.ndarray:
+    """A map [H, W] in colours from 0 to `top` over the grey image [H, W, 3]; both in 0..255."""
+    from matplotlib import colormaps
+    share = np.clip(M / top, 0, 1)[..., None]
+    alpha = 0.8 * np.sqrt(share)
+    colours = colormaps["inferno"](share[..., 0])[..., :3] * 255
+    return (1 - alpha) * image.mean(-1, keepdims=True) + alpha * colours
+
+
 def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps: dict,
                      of_each: int = 2) -> None:
     """For some test images of each kind: input, restoration, map over image, map, truth."""
@@ -205,9 +214,7 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
         truth = source.masks[k] if source.masks is not None else None
         row[0].imshow(picture(image))
         row[1].imshow(picture(x_0.clamp(-1, 1) / 2 + 0.5))
-        row[2].imshow(picture(image).mean(-1), cmap="gray", vmin=0, vmax=255)
-        row[2].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top,
-                      alpha=0.8 * np.sqrt(M_final[k] / top))
+        row[2].imshow(over_grey(picture(image), M_final[k], top) / 255)
         shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)
         if truth is not None:
             row[4].imshow(truth, cmap="gray", vmin=0, vmax=1)

@@ -55,8 +55,8 @@ class Settings:
     precision: str = setting("auto", "of the network; auto: bf16 where it is fast", "training",
                              ("auto", "bf16", "float32"))
     recompute: bool = setting(False, "less memory in training, for a third more time", "training")
-    compile: bool = setting(False, "compile the network for training: minutes to start, then a tenth "
-                            "faster on a CPU", "training")
+    compile: bool = setting(False, "compile the network: minutes to start, a tenth faster after "
+                            "that on a CPU", "training")
     hold_out: float = setting(0.0, "share of normal images kept for the threshold", "training")
     checkpoint_every: int = setting(1000, "steps between checkpoints", "training")
 
@@ -90,7 +90,7 @@ PRESETS = {
                     anomaly_target="beta_eps", soft_consistency=False),
     "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
                 attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
-                hold_out=0.1, checkpoint_every=200, infer_steps=5),
+                hold_out=0.1, checkpoint_every=200, infer_steps=3, kernel=3),
     "quick": dict(resize=96, crop=96, rotation=10.0, channels=16, init="identity", steps=800,
                   lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.99,
                   hold_out=0.1, checkpoint_every=200),

@@ -28,9 +28,9 @@ import data
 import demo
 import perlin
 from data import InputError, exit_status
-from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, load_source, load_state, load_torch,
-                  locked, read_json, refuse_other_run, run_folder, save_checkpoint, save_csv,
-                  save_json, steps_per_epoch)
+from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, load_source, load_state,
+                  load_torch, locked, read_json, refuse_other_run, run_folder, save_checkpoint,
+                  save_csv, save_json, steps_per_epoch)
 from score import in_words, normal_scores, score, thresholds, write_results
 from settings import NOT_COMPARED, SCORING, Settings, build_model, parse
 from transfusion import TransFusion, load_authors_weights
