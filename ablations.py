@@ -47,6 +47,8 @@ def measure(argv: list[str], flag: str, seed: str) -> tuple[Settings, dict]:
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return print(__doc__)
     preset = any(word.startswith("--preset") for word in argv)
     argv = ["--out", "runs/ablations", *([] if preset else SHORT), *argv]
     rows = []

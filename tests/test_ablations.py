@@ -41,9 +41,11 @@ def test_differences_are_to_the_mean_of_the_seeds():
     rows = [{"data": "demo", "category": "gear", "step": 1, "condition": condition,
              "image_auroc": a, "aupro": b}
             for condition, a, b in (("full model", "0.8", "0.5"), ("full model", "0.9", "0.7"),
-                                    ("without PE", "0.80", "0.65"))]
+                                    ("without PE", "0.80", "0.65"),
+                                    ("only M_recon", "0.70", "0.40"))]
     table = figures.table4(rows)
     by_condition = {row[1]: row[6:8] for row in table.rows}
     assert by_condition["without PE"] == ["-5.0", "+5.0"]
+    assert by_condition["only M_recon"] == ["-10.0", "-10.0"]           # to the same seed
     assert by_condition["TransFusion"] == ["85.0 ± 7.1", "60.0 ± 14.1"]
     assert by_condition["root"] == ["not run", "not run"]
