@@ -1,7 +1,7 @@
 """Table 4 of the paper: every ablation trained and scored with the same short settings.
 
     python ablations.py                                     demo fabric
-    python ablations.py --data mvtec --category bottle      and any other flag of train.py
+    python ablations.py --data mvtec --category bottle      with most other flags of train.py
     python ablations.py --data mvtec --category bottle --preset paper       a day a run, on a GPU
 
 Fourteen runs, the full model with three seeds among them, in runs/ablations/ (--out). A finished
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import figures
 import train
-from data import exit_status
+from data import InputError, default_root, exit_status, find_category
 from runs import read_json, run_folder, save_csv
 from settings import Settings, parse
 
@@ -46,11 +46,27 @@ def measure(argv: list[str], flag: str, seed: str) -> tuple[Settings, dict]:
     return s, read_json(path)
 
 
+def check(argv: list[str]) -> None:
+    """Refuse what would fail after the first training. Raises InputError."""
+    s, flags = parse(argv)
+    ours = flags.given & {"name", "seed", "final_mask"}
+    if ours or flags.eval:
+        raise InputError(f"--{' --'.join(sorted(ours) or ['eval'])}: set by ablations.py itself")
+    if s.category in ("", "all"):
+        raise InputError("--category: Table 4 is made for one category at a time")
+    if s.data != "demo":                                   # which is drawn when it is needed
+        root = Path(s.root) if s.root else default_root()
+        category = find_category(s.data, s.category, root)
+        if not (category.annotated and category.test):
+            raise InputError(f"{category.root}: Table 4 needs test images with ground truth")
+
+
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return print(__doc__)
     preset = any(word.startswith("--preset") for word in argv)
     argv = ["--out", "runs/ablations", *([] if preset else SHORT), *argv]
+    check(argv)
     rows = []
     for k, (condition, flag, seed) in enumerate(conditions()):
         print(f"--- {k + 1} of {len(conditions())}: {condition} {flag} (seed {seed})", flush=True)

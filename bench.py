@@ -192,7 +192,7 @@ def print_table(rows: list[dict], rate: float) -> None:
 
 def bench(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Time training, restoration and scoring.")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="default: cpu")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, help="median over so many (default 5)")

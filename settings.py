@@ -24,7 +24,8 @@ class Settings:
     root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data)", "run")
     out: str = setting("runs", "where run folders go", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
-    preset: str = setting("", "settings taken together; flags override it", "run",
+    preset: str = setting("", "settings taken together; flags override it (default: quick for the "
+                          "demo, else paper on a GPU, cpu without one)", "run",
                           ("paper", "authors", "cpu", "quick"))
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "run")
     seed: int = setting(0, "seed of everything random", "run")
@@ -111,7 +112,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
                                          or "the values above") for name, changes in PRESETS.items())
     parser = argparse.ArgumentParser(
         description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
-        epilog=f"presets, where they differ from these defaults:\n{presets}",
+        epilog=f"presets, where they differ from these defaults, which are the paper's:\n{presets}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {name: parser.add_argument_group(name)
               for name in ("run", "training", "method", "scoring")}

@@ -243,6 +243,8 @@ def close_epoch(progress: dict, per_epoch: int, rate: float) -> None:
 def announce(model, s: Settings, source: Source, steps: int, per_epoch: int, device) -> None:
     for note in source.notes:
         print(f"  {note}")
+    if not len(source.held_out):
+        print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in model.parameters())
     seconds = steps * seconds_per_step(model, s, source, device)
     print(f"  {s.preset} preset: {steps} steps of {s.batch} images at {s.crop} px "
@@ -412,7 +414,7 @@ def command(s: Settings, flags: argparse.Namespace) -> None:
     work = evaluate if flags.eval else run
     rows = [work(dataclasses.replace(s, category=name), flags) for name in names]
     print_table(rows)
-    print("\nmetrics.json, scores.csv and qualitative.png are in "
+    print("\nresults are in "
           + ", ".join(str(run_folder(dataclasses.replace(s, category=name))) for name in names))
 
 

@@ -1,11 +1,13 @@
 """Table 4: what ablations.py trains, keeps and prints."""
 import csv
+import shutil
 
 import pytest
 
 import ablations
 import figures
 import train
+from data import InputError
 from test_train import argv_for, parts  # noqa: F401
 
 
@@ -35,6 +37,18 @@ def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
     capsys.readouterr()
     ablations.main(argv)
     assert "Table 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--seed", "1"], "--seed"), (["--eval"], "--eval"), (["--category", "all"], "--category"),
+    (["--category", "blot"], "bolt")])
+def test_what_would_fail_later_is_refused_first(parts, flags, expected):  # noqa: F811
+    with pytest.raises(InputError, match=expected):
+        ablations.main(argv_for(parts, *flags))
+    shutil.rmtree(parts / "bolt" / "ground_truth")
+    with pytest.raises(InputError, match="ground truth"):
+        ablations.main(argv_for(parts))
+    assert not (parts.parent / "runs").exists()
 
 
 def test_differences_are_to_the_mean_of_the_seeds():
