@@ -13,7 +13,7 @@ from pathlib import Path
 
 import figures
 import train
-from data import InputError, default_root, exit_status, find_category
+from data import InputError, exit_status, find_category, root_folder
 from runs import read_json, run_folder, save_csv
 from settings import Settings, parse
 
@@ -55,8 +55,7 @@ def check(argv: list[str]) -> None:
     if s.category in ("", "all"):
         raise InputError("--category: Table 4 is made for one category at a time")
     if s.data != "demo":                                   # which is drawn when it is needed
-        root = Path(s.root) if s.root else default_root()
-        category = find_category(s.data, s.category, root)
+        category = find_category(s.data, s.category, root_folder(s.root))
         if not (category.annotated and category.test):
             raise InputError(f"{category.root}: Table 4 needs test images with ground truth")
 

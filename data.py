@@ -451,5 +451,6 @@ def embedded_textures(size: int, drawn: int = 48, seed: int = 0) -> list[Tensor]
     return [torch.tensor(image) for image in images]
 
 
-def default_root() -> Path:
-    return Path(os.environ.get("TRANSFUSION_DATA", "data"))
+def root_folder(given: str = "") -> Path:
+    """Where data lies: the folder given, else the environment's TRANSFUSION_DATA, else ./data."""
+    return Path(given or os.environ.get("TRANSFUSION_DATA", "data"))

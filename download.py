@@ -383,7 +383,7 @@ def read_size(path: Path | None, faults: list[str]) -> tuple[int, int] | None:
 def command(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description="Fetch a published data set, or check a folder.")
     parser.add_argument("data", nargs="?", choices=list(SOURCES), help="data set to fetch")
-    parser.add_argument("--root", metavar="DIR", type=Path, default=data.default_root(),
+    parser.add_argument("--root", metavar="DIR", type=Path, default=data.root_folder(),
                         help="folder to put it in (default: %(default)s)")
     parser.add_argument("--check", metavar="DIR", type=Path,
                         help="verify this folder: data sets, one data set or one category")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import data
 from data import InputError
-from settings import NOT_COMPARED, Settings, build_model
+from settings import NOT_COMPARED, Settings, build_model, fast_bf16
 from transfusion import TransFusion
 
 try:
@@ -49,7 +49,7 @@ class Source:
 
 def load_source(s: Settings, training: bool = True) -> Source:
     """Read and check everything a run needs, before anything is trained. Raises InputError."""
-    root = Path(s.root) if s.root else data.default_root()
+    root = data.root_folder(s.root)
     category = data.find_category(s.data, s.category, root)
     limit = s.memory_gb * 1e9
     images = data.Images(category.train, s.resize, s.crop, limit, "training images", True)
@@ -232,8 +232,14 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> 
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings, dict]:
-    """The trained model of a checkpoint (its averaged weights where it has them), to be used."""
+    """The trained model of a checkpoint (its averaged weights where it has them), to be used.
+
+    One trained in bfloat16 computes in float32 where the device has no fast bfloat16: the scores
+    hardly change, and the emulation takes many times as long.
+    """
     s, state = load_checkpoint(path)
+    if s.precision == "bf16" and not fast_bf16(device):
+        s = dataclasses.replace(s, precision="float32")
     model = build_model(s)
     load_state(model, state["ema"] or state["model"], path)
     return model.to(device).eval(), s, state

@@ -406,8 +406,7 @@ def command(s: Settings, flags: argparse.Namespace) -> None:
             demo.write(Path(s.root) / "demo")
     if RANKS > 1:
         distributed.barrier()
-    root = Path(s.root) if s.root else data.default_root()
-    known = data.list_categories(s.data, root)
+    known = data.list_categories(s.data, data.root_folder(s.root))
     if not s.category:
         raise InputError(f"--category: one of {', '.join(known)}, or all")
     names = known if s.category == "all" else [s.category]

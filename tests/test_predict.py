@@ -76,6 +76,17 @@ def test_its_own_pictures_are_no_images_to_inspect(small, photos):
         assert len(rows_of(photos / "found" / "scores.csv")) == 8
 
 
+@pytest.mark.parametrize("fast, precision", [(True, "bf16"), (False, "float32")])
+def test_a_model_trained_in_bfloat16_runs_where_that_is_slow(small, tmp_path, monkeypatch, fast,
+                                                             precision):
+    state = torch.load(small[0] / "last.pt", weights_only=True)
+    state["settings"]["precision"] = "bf16"
+    torch.save(state, tmp_path / "bf16.pt")
+    monkeypatch.setattr(runs, "fast_bf16", lambda device: fast)
+    model, s, _ = runs.load_model(tmp_path / "bf16.pt", torch.device("cpu"))
+    assert s.precision == precision and model.bf16 == (precision == "bf16")
+
+
 def test_regions_are_those_of_the_map(small, photos, tmp_path):
     out = tmp_path / "found"
     assert predict.main([str(small[0]), str(photos), "--out", str(out), "--maps", "tiff",

@@ -371,7 +371,7 @@ def test_identity_initialisation_returns_the_input():
     model.net.start_from_identity()
     x, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([3, 20])
     _, n_t, logit = model(x, torch.zeros(2, 1, 16, 16), t)
-    assert torch.allclose(n_t, x, atol=1e-6) and 0 < float(logit.sigmoid().max()) < 0.4
+    assert torch.allclose(n_t, x, atol=1e-6) and 0 < logit.sigmoid().max() < 0.4
 
 
 def test_parameters_of_the_papers_network():
