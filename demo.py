@@ -5,13 +5,15 @@ sensor noise vary from image to image. Everything follows from fixed seeds; no p
 and the defects share no code with perlin.py's synthetic anomalies.
 """
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
+
+from data import InputError
 
 SIZE = 256
 TRAIN, TEST_GOOD, PER_DEFECT = 80, 24, 11
@@ -282,23 +284,39 @@ def draw(category: str, defect: str | None, number: int) -> tuple[np.ndarray, np
 
 
 def write(folder: Path) -> None:
-    """Draw what is missing of the three categories into `folder`, each whole or not at all."""
-    for category in PRODUCTS:
-        target, part = folder / category, folder / (category + ".part")
-        if target.is_dir():
-            continue
-        shutil.rmtree(part, ignore_errors=True)
-        jobs = [("train/good", None, k) for k in range(TRAIN)]
-        jobs += [("test/good", None, TRAIN + k) for k in range(TEST_GOOD)]
-        jobs += [(f"test/{d}", d, k) for d in DEFECTS[category] for k in range(PER_DEFECT)]
+    """Draw what is missing of the three categories into `folder`, each whole or not at all.
+
+    Processes that do so at once do not disturb each other: the first to finish one wins.
+    Raises InputError where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for category in PRODUCTS:
+            if not (folder / category).is_dir():
+                write_category(folder, category)
+    except OSError as error:
+        raise InputError(f"the demo data cannot be drawn into {folder} ({error}); "
+                         f"choose another --root")
+
+
+def write_category(folder: Path, category: str) -> None:
+    jobs = [("train/good", None, k) for k in range(TRAIN)]
+    jobs += [("test/good", None, TRAIN + k) for k in range(TEST_GOOD)]
+    jobs += [(f"test/{d}", d, k) for d in DEFECTS[category] for k in range(PER_DEFECT)]
+    with tempfile.TemporaryDirectory(prefix=f"{category}.", suffix=".part", dir=folder) as part:
+        drawn = Path(part) / category
         for place, defect, number in tqdm(jobs, desc=f"drawing {category}", unit="image",
                                           leave=False):
             image, mask = draw(category, defect, number)
-            save(part / place / f"{number:03}.png", image)
+            save(drawn / place / f"{number:03}.png", image)
             if defect:
-                save(part / "ground_truth" / defect / f"{number:03}_mask.png",
+                save(drawn / "ground_truth" / defect / f"{number:03}_mask.png",
                      mask.astype(np.uint8) * 255)
-        os.replace(part, target)
+        try:
+            os.replace(drawn, folder / category)
+        except OSError:
+            if not (folder / category).is_dir():
+                raise
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

@@ -44,15 +44,38 @@ def test_the_data_set_on_disk(demo_root):
         assert np.array_equal(np.asarray(Image.open(last.mask)) > 0, mask)
 
 
-def test_a_second_call_draws_nothing_and_a_broken_off_one_is_made_good(tmp_path, monkeypatch):
+def test_a_second_call_draws_nothing_and_two_at_once_draw_one_set(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN", 2)
     monkeypatch.setattr(demo, "TEST_GOOD", 1)
     monkeypatch.setattr(demo, "PER_DEFECT", 1)
-    (tmp_path / "gear.part" / "train").mkdir(parents=True)
+    draw = demo.draw
+
+    def and_another_process_does_so_meanwhile(*which):
+        monkeypatch.setattr(demo, "draw", draw)
+        demo.write(tmp_path)
+        return draw(*which)
+
+    monkeypatch.setattr(demo, "draw", and_another_process_does_so_meanwhile)
     demo.write(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(demo.PRODUCTS)
     monkeypatch.setattr(demo, "draw", None)
     demo.write(tmp_path)
+
+
+def test_a_broken_off_drawing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*which):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.InputError, match="file.demo .*choose another --root"):
+        demo.write(tmp_path / "file" / "demo")
 
 
 def test_no_threshold_on_brightness_solves_it(demo_root):
