@@ -92,7 +92,7 @@ PRESETS = {
     "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
                 attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
                 hold_out=0.1, checkpoint_every=200, infer_steps=3),
-    "quick": dict(resize=96, crop=96, rotation=10.0, channels=16, init="identity", steps=800,
+    "quick": dict(resize=96, crop=96, rotation=10.0, channels=16, init="identity", steps=600,
                   lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.99,
                   hold_out=0.1, checkpoint_every=200),
 }

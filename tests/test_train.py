@@ -86,7 +86,7 @@ def test_run_folder(small):
     found = json.loads((folder / "metrics.json").read_text())
     for name in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_ap", "image_f1max"):
         assert 0 <= found[name] <= 1, name
-    assert found["step"] == 300 and found["infer_steps"] == 20 and found["threshold_images"] == 8
+    assert found["step"] == 300 and found["infer_steps"] == 5 and found["threshold_images"] == 8
     assert found["seconds_train"] > 0 and found["seconds_per_image"] > 0 and found["seed"] == 0
     with Image.open(folder / "qualitative.png") as picture:
         assert picture.width >= 700 and picture.height > picture.width
