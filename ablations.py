@@ -18,7 +18,7 @@ from runs import read_json, run_folder, save_csv
 from settings import Settings, parse
 
 # Unless a --preset is given: four minutes a run on one core of a server CPU.
-SHORT = ["--preset", "quick", "--resize", "64", "--crop", "64", "--steps", "500"]
+SHORT = ["--preset", "quick", "--resize", "64", "--crop", "64", "--batch", "8", "--steps", "500"]
 SEEDS = ("0", "1", "2")                  # of the full model; everything else has the first
 KEPT = ("image_auroc", "aupro", "pixel_auroc", "pixel_ap", "seconds_train", "seconds_per_image",
         "step", "precision", "hardware", "torch")

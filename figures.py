@@ -30,8 +30,8 @@ from transfusion import Restoration, TransFusion
 
 HERE = Path(__file__).parent
 # The run a notebook makes where there is none: a minute or two on two cores.
-SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--steps", "300",
-         "--name", "notebook"]
+SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--batch", "8",
+         "--steps", "300", "--name", "notebook"]
 
 
 @dataclass

@@ -7,9 +7,9 @@ import demo
 import train
 
 # A model that trains in well under a minute: what the tests of everything behind training share.
-SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--steps",
-         "300", "--infer-steps", "5", "--checkpoint-every", "100", "--precision", "float32",
-         "--device", "cpu"]
+SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--batch",
+         "8", "--steps", "300", "--infer-steps", "5", "--checkpoint-every", "100", "--precision",
+         "float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
