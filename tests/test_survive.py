@@ -30,22 +30,26 @@ def start(argv):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def killing(argv, folder, rng, in_write):
-    """Start a run and kill it: while it writes its checkpoint, or some time after it started.
+def newer(path, than):
+    try:
+        return path.stat().st_mtime_ns >= than
+    except FileNotFoundError:
+        return False
 
-    Returns whether it was still running then.
+
+def killing(argv, folder, rng, moment):
+    """Start a run and kill it: while it writes a checkpoint, some time after it wrote one, or
+    some time after training started. Returns whether it was still running then.
     """
     began = time.time_ns()
     process = start(argv)
-    config = folder / "config.json"                       # written anew when training starts
-    while not config.exists() or config.stat().st_mtime_ns < began:
+    awaited = {"writing": "last.pt.part", "written": "last.pt", "any": "config.json"}[moment]
+    while not newer(folder / awaited, began):            # config.json: written as training starts
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    if in_write:
-        while not (folder / "last.pt.part").exists() and process.poll() is None:
-            pass
-    else:
-        time.sleep(rng.uniform(0, 1.5))
+        if moment != "writing":
+            time.sleep(0.01)
+    if moment != "writing":
+        time.sleep(rng.uniform(0, 1.5 if moment == "any" else 0.3))
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -64,7 +68,8 @@ def test_killed_at_twenty_moments_and_still_bit_identical(parts):  # noqa: F811
     whole, killed = (parts.parent / "runs" / "parts" / f"bolt-{n}" for n in ("whole", "killed"))
     reached = []
     for k in range(20):
-        assert killing(argv, killed, rng, in_write=k % 2 == 0), f"kill {k} came too late"
+        moment = ("writing", "any", "written")[k % 3]
+        assert killing(argv, killed, rng, moment), f"kill {k} came too late"
         if (killed / "last.pt").exists():                    # readable after every single kill
             reached.append(runs.load_checkpoint(killed / "last.pt")[1]["step"])
     assert reached == sorted(reached) and 0 < reached[-1] < STEPS
