@@ -211,7 +211,7 @@ def bench(argv: list[str] | None) -> None:
     given = {k: getattr(flags, k) for k in ("channels", "crop", "batch") if getattr(flags, k)}
     if "crop" in given:
         given["resize"] = given["crop"]
-    demo.write(Path(flags.root) / "demo")
+    demo.write(Path(flags.root) / "demo", "gear")
     s = Settings(**{**PRESETS[flags.preset], **given, "preset": flags.preset, "root": flags.root,
                     "category": "gear", "device": str(device), "precision": precision})
     rate = matmul_rate(device, {"bf16": torch.bfloat16}.get(precision, torch.float32),

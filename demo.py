@@ -283,17 +283,18 @@ def draw(category: str, defect: str | None, number: int) -> tuple[np.ndarray, np
     return image, mask
 
 
-def write(folder: Path) -> None:
-    """Draw what is missing of the three categories into `folder`, each whole or not at all.
+def write(folder: Path, category: str = "all") -> None:
+    """Draw a category into `folder` if it is not there; for any other name, all three.
 
-    Processes that do so at once do not disturb each other: the first to finish one wins.
+    Each is there whole or not at all. Processes that do so at once do not disturb each other: the
+    first to finish one wins.
     Raises InputError where the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for category in PRODUCTS:
-            if not (folder / category).is_dir():
-                write_category(folder, category)
+        for name in [category] if category in PRODUCTS else PRODUCTS:
+            if not (folder / name).is_dir():
+                write_category(folder, name)
     except OSError as error:
         raise InputError(f"the demo data cannot be drawn into {folder} ({error}); "
                          f"choose another --root")

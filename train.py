@@ -403,7 +403,7 @@ def command(s: Settings, flags: argparse.Namespace) -> None:
     if s.data == "demo":
         s = dataclasses.replace(s, root=s.root or "data")
         if RANK == 0:
-            demo.write(Path(s.root) / "demo")
+            demo.write(Path(s.root) / "demo", s.category)
     if RANKS > 1:
         distributed.barrier()
     known = data.list_categories(s.data, data.root_folder(s.root))

@@ -8,7 +8,7 @@ import train
 
 # A model that trains in well under a minute: what the tests of everything behind training share.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--batch",
-         "8", "--steps", "300", "--infer-steps", "5", "--checkpoint-every", "100", "--precision",
+         "4", "--steps", "300", "--infer-steps", "3", "--checkpoint-every", "100", "--precision",
          "float32", "--device", "cpu"]
 
 

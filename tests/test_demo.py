@@ -52,10 +52,12 @@ def test_a_second_call_draws_nothing_and_two_at_once_draw_one_set(tmp_path, monk
 
     def and_another_process_does_so_meanwhile(*which):
         monkeypatch.setattr(demo, "draw", draw)
-        demo.write(tmp_path)
+        demo.write(tmp_path, "gear")
+        assert [p.name for p in tmp_path.iterdir() if p.suffix != ".part"] == ["gear"]
         return draw(*which)
 
     monkeypatch.setattr(demo, "draw", and_another_process_does_so_meanwhile)
+    demo.write(tmp_path, "gear")
     demo.write(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(demo.PRODUCTS)
     monkeypatch.setattr(demo, "draw", None)
