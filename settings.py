@@ -92,8 +92,8 @@ PRESETS = {
     "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2400, lr=1e-3,
                 attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
                 hold_out=0.1, checkpoint_every=200, infer_steps=3),
-    "quick": dict(resize=96, crop=96, rotation=10.0, channels=16, batch=4, init="identity",
-                  steps=1000, lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0,
+    "quick": dict(resize=80, crop=80, rotation=10.0, channels=16, batch=4, init="identity",
+                  steps=1200, lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0,
                   ema=0.99, hold_out=0.1, checkpoint_every=200),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
