@@ -6,6 +6,7 @@ and the defects share no code with perlin.py's synthetic anomalies.
 """
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -304,15 +305,21 @@ def write_category(folder: Path, category: str) -> None:
     jobs = [("train/good", None, k) for k in range(TRAIN)]
     jobs += [("test/good", None, TRAIN + k) for k in range(TEST_GOOD)]
     jobs += [(f"test/{d}", d, k) for d in DEFECTS[category] for k in range(PER_DEFECT)]
-    with tempfile.TemporaryDirectory(prefix=f"{category}.", suffix=".part", dir=folder) as part:
+    with tempfile.TemporaryDirectory(prefix=f"{category}.", suffix=".part", dir=folder) as part, \
+            ThreadPoolExecutor(os.cpu_count()) as pool:
         drawn = Path(part) / category
-        for place, defect, number in tqdm(jobs, desc=f"drawing {category}", unit="image",
-                                          leave=False):
-            image, mask = draw(category, defect, number)
-            save(drawn / place / f"{number:03}.png", image)
-            if defect:
-                save(drawn / "ground_truth" / defect / f"{number:03}_mask.png",
-                     mask.astype(np.uint8) * 255)
+        pictures = [pool.submit(draw, category, defect, number) for _, defect, number in jobs]
+        try:
+            for (place, defect, number), picture in zip(tqdm(jobs, desc=f"drawing {category}",
+                                                             unit="image", leave=False), pictures):
+                image, mask = picture.result()
+                save(drawn / place / f"{number:03}.png", image)
+                if defect:
+                    save(drawn / "ground_truth" / defect / f"{number:03}_mask.png",
+                         mask.astype(np.uint8) * 255)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
         try:
             os.replace(drawn, folder / category)
         except OSError:

@@ -1,4 +1,5 @@
 """Every notebook runs from top to bottom on the small model; the paper's tables add up."""
+from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
@@ -34,16 +35,25 @@ NOT_THE_MEAN = {
 }
 
 
+@pytest.fixture(scope="module")
+def executed(small, demo_root):
+    """The notebooks, two at a time, with the shared model's run and data instead of ../runs."""
+    def execute(path):
+        notebook = nbformat.read(path, as_version=4)
+        setup = notebook.cells[1]
+        source = setup.source.replace('"../data"', repr(str(demo_root)))
+        setup.source = source.replace('"../runs"', repr(str(small[0].parents[1])))
+        assert setup.source.count(str(demo_root)) == 1
+        NotebookClient(notebook, timeout=300,
+                       resources={"metadata": {"path": str(FOLDER)}}).execute()
+
+    with ThreadPoolExecutor(2) as pool:
+        return {path: pool.submit(execute, path) for path in NOTEBOOKS}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path, small, demo_root):
-    """Executed in its own folder, with the shared model's run and data instead of ../runs."""
-    notebook = nbformat.read(path, as_version=4)
-    setup = notebook.cells[1]
-    source = setup.source.replace('"../data"', repr(str(demo_root)))
-    source = source.replace('"../runs"', repr(str(small[0].parents[1])))
-    assert source.count(str(demo_root)) == 1
-    setup.source = source
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+def test_notebook_runs(path, executed):
+    executed[path].result()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

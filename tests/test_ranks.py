@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,11 @@ def launch(ranks, *argv):
 def test_two_ranks_train_as_one(parts, tmp_path, batchnorm):  # noqa: F811
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
-    for ranks in (1, 2):
-        done = launch(ranks, str(script), str(tmp_path / f"{ranks}-"), batchnorm,
-                      *argv_for(parts, "--batch", "8"))
-        assert done.returncode == 0, done.stderr[-2000:]
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(lambda ranks: launch(ranks, str(script), str(tmp_path / f"{ranks}-"),
+                                                  batchnorm, *argv_for(parts, "--batch", "8")),
+                             (1, 2)):
+            assert done.returncode == 0, done.stderr[-2000:]
     one = torch.load(tmp_path / "1-0")
     a, b = (torch.load(tmp_path / f"2-{rank}") for rank in (0, 1))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
