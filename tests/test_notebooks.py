@@ -47,7 +47,8 @@ def executed(small, demo_root):
         NotebookClient(notebook, timeout=300,
                        resources={"metadata": {"path": str(FOLDER)}}).execute()
 
-    with ThreadPoolExecutor(2) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("OMP_NUM_THREADS", "1")             # of the kernels: one core each
         return {path: pool.submit(execute, path) for path in NOTEBOOKS}
 
 

@@ -266,6 +266,7 @@ def test_ablations_run(parts, flags):
     assert 0 <= found["aupro"] <= 1
 
 
+@pytest.mark.slow
 def test_a_compiled_network_learns_the_same(parts, monkeypatch):
     """Traced, but not handed to the C++ compiler, which takes minutes."""
     whole, used = torch.nn.Module.compile, []
