@@ -6,7 +6,7 @@ import pytest
 import demo
 import train
 
-# A model that trains in well under a minute: what the tests of everything behind training share.
+# A model that trains in a minute or two: what the tests of everything behind training share.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--batch",
          "4", "--steps", "300", "--infer-steps", "3", "--checkpoint-every", "100", "--precision",
          "float32", "--device", "cpu"]
