@@ -38,18 +38,21 @@ def newer(path, than):
         return False
 
 
+# A moment to kill a run: the file that is awaited, and the longest wait after it in seconds.
+MOMENTS = {"writing": ("last.pt.part", 0),                 # amid a checkpoint
+           "any": ("config.json", 1.5),                    # written as training starts
+           "written": ("last.pt", 0.3)}
+
+
 def killing(argv, folder, rng, moment):
-    """Start a run and kill it: while it writes a checkpoint, some time after it wrote one, or
-    some time after training started. Returns whether it was still running then.
-    """
+    """Start a run and kill it at a moment of MOMENTS; returns whether it was still running then."""
+    awaited, wait = MOMENTS[moment]
     began = time.time_ns()
     process = start(argv)
-    awaited = {"writing": "last.pt.part", "written": "last.pt", "any": "config.json"}[moment]
-    while not newer(folder / awaited, began):            # config.json: written as training starts
+    while not newer(folder / awaited, began):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
-    if moment != "writing":
-        time.sleep(rng.uniform(0, 1.5 if moment == "any" else 0.3))
+    time.sleep(rng.uniform(0, wait))
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -71,8 +74,7 @@ def test_killed_at_twenty_moments_and_still_bit_identical(parts):  # noqa: F811
         argv, reached = [*base, "--name", f"killed{seed}", "--resume"], []
         killed = whole.with_name(f"bolt-killed{seed}")
         for k in range(10):
-            moment = ("writing", "any", "written")[k % 3]
-            assert killing(argv, killed, rng, moment), f"kill {k} came too late"
+            assert killing(argv, killed, rng, list(MOMENTS)[k % 3]), f"kill {k} came too late"
             if (killed / "last.pt").exists():                # readable after every single kill
                 reached.append(runs.load_checkpoint(killed / "last.pt")[1]["step"])
         assert reached == sorted(reached) and 0 < reached[-1] < STEPS
