@@ -74,8 +74,6 @@ def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
 
     For the demo data a small one is trained where there is none. Raises InputError.
     """
-    if name == "demo":
-        demo.write(Path(root) / "demo")
     found = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
     if not found and name == "demo" and category in ("", "fabric"):
         train.main([*SMALL, "--root", root, "--out", runs])
@@ -86,6 +84,8 @@ def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
     folder = found[0]
     model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
     s = dataclasses.replace(s, root=root, device="cpu")
+    if name == "demo":
+        demo.write(Path(root) / "demo", s.category)
     with np.load(folder / "maps.npz") as file:
         maps = {k: file[k] for k in file.files}
     return Run(folder, model, s, load_source(s, training=False), maps,
