@@ -90,6 +90,11 @@ PE_CHANNELS = {"2d": 16, "row": 1, "none": 0}
 
 
 def norm(channels: int) -> nn.GroupNorm:
+    """32 groups, or one a channel where there are no more than 32.
+
+    One a channel subtracts the time embedding again, a constant of the channel: in a network of 16
+    or 32 channels t acts only at the lower resolutions.
+    """
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
