@@ -213,7 +213,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any image: grey-scale, palette, alpha (dropped), 16-bit and float."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        top = 65535 if values.max(initial=0) > 255 else 255 if values.max(initial=0) > 1 else 1
+        top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else \
+            255 if values.max(initial=0) > 1 else 1
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
     return image.convert("RGB")
 
@@ -245,7 +246,10 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     if item.mask is None:
         return np.zeros((crop, crop), bool)
     mask = np.asarray(open_image(item.mask))
-    mask = (mask.reshape(*mask.shape[:2], -1)[..., :3] > 0).any(-1)
+    channels = mask.reshape(*mask.shape[:2], -1)
+    if channels.shape[-1] in (2, 4):                           # the last of them is alpha
+        channels = channels[..., :-1]
+    mask = (channels > 0).any(-1)
     with Image.open(item.path) as image:
         size = (image.height, image.width)
     if mask.shape != size:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 import perlin
 from data import InputError, exit_status, list_images, open_image, preprocess, to_rgb
 from runs import load_model, make_folder, save_atomically, save_csv
-from score import in_words, over_grey, thresholds
+from score import final_maps, image_scores, in_words, over_grey, thresholds
 from settings import Settings, pick_device
-from transfusion import TransFusion, anomaly_score, final_mask
+from transfusion import TransFusion
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
@@ -52,9 +52,9 @@ def inspect(model: TransFusion, s: Settings, images: list[np.ndarray],
     ready = np.stack([preprocess(Image.fromarray(image), s.resize, s.crop) for image in images])
     x = perlin.scale(torch.tensor(ready).to(device))
     found = model.restore(x, infer_steps or s.infer_steps)
-    M_final = final_mask(found.M_disc, found.M_recon, s.lam, s.kernel)
-    scores = anomaly_score(M_final).tolist()
-    maps, x_0 = M_final[:, 0].cpu().numpy(), found.x_0.cpu()
+    maps = final_maps({name: getattr(found, name)[:, 0].cpu().numpy()
+                       for name in ("M_disc", "M_recon", "M_last")}, s)
+    scores, x_0 = image_scores(maps).tolist(), found.x_0.cpu()
     return [Inspection(score, *uncrop(image, M, restored, s))
             for image, score, M, restored in zip(images, scores, maps, x_0)]
 
@@ -106,6 +106,12 @@ def regions(file: str, M_final: np.ndarray, threshold: float) -> list[dict]:
 
 # ---------------------------------------------------------------- the command
 
+def absolute(path: Path) -> Path:
+    """The absolute path, without the `..` that Path.absolute leaves in and that would lead out of
+    the --out folder."""
+    return Path(os.path.abspath(path))
+
+
 def find_images(given: list[str], out: Path) -> list[Path]:
     """The files named, those of folders (searched through) and of globs, but none under `out`,
     where an earlier call may have written. Raises InputError where a name stands for none."""
@@ -119,7 +125,7 @@ def find_images(given: list[str], out: Path) -> list[Path]:
             some = [path]
         else:
             some = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
-        some = [p.absolute() for p in some if out.absolute() not in p.absolute().parents]
+        some = [p for p in map(absolute, some) if absolute(out) not in p.parents]
         if not some:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         found += some
@@ -148,7 +154,12 @@ def predict(argv: list[str] | None = None) -> int:
         steps = len(model.steps(s.infer_steps)) - 1
     except ValueError as error:
         raise InputError(f"--infer-steps {s.infer_steps}: {error}")
-    image_threshold, pixel_threshold = say_thresholds(state.get("normal"), s, steps)
+    if "normal" not in state:
+        print("this run is not finished, so there is no threshold yet: scores only (train.py "
+              "--resume goes on with it)")
+        image_threshold = pixel_threshold = None
+    else:
+        image_threshold, pixel_threshold = say_thresholds(state["normal"], s, steps)
     out = Path(flags.out)
     files = find_images(flags.images, out)
     common = Path(os.path.commonpath([file.parent for file in files]))

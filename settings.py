@@ -4,6 +4,7 @@ Defaults are the paper's (section 4.3) where it names a value; a preset changes 
 """
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -145,11 +146,17 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
     if given.get("data", "demo") == "demo":
         given.setdefault("category", "fabric")
+    if "data" in given:
+        given["data"] = os.path.normpath(given["data"])   # parts/, ./parts and parts are one run
+    if "epochs" in given:
+        given.setdefault("steps", 0)                      # the flag beats a preset's steps
     settings = Settings(**{**PRESETS[preset], **given, "preset": preset, "device": str(device)})
     if settings.precision == "auto":
         settings = dataclasses.replace(settings,
                                        precision="bf16" if fast_bf16(device) else "float32")
     check(settings)
+    if not flags.eval or flags.weights:                   # --eval takes the run's own schedule
+        check_steps(settings)
     return settings, flags
 
 
@@ -159,9 +166,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: no such device; cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                         f"devices, counted from 0")
     return device
 
 
@@ -185,7 +197,7 @@ def check(s: Settings) -> None:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
     for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("attention_lr", 0),
                       ("T", 1), ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0),
-                      ("checkpoint_every", 1), ("clip", 0), ("seed", 0)):
+                      ("checkpoint_every", 1), ("clip", 0), ("seed", 0), ("weight_decay", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")
@@ -200,6 +212,10 @@ def check(s: Settings) -> None:
         raise InputError(f"--kernel {s.kernel}: must be odd and positive")
     if set(s.drop_loss) - set("nmac") or len(set(s.drop_loss)) == 4:
         raise InputError(f"--drop-loss {s.drop_loss}: up to three letters of nmac")
+
+
+def check_steps(s: Settings) -> None:
+    """Refuse a number of inference steps that the schedule does not have. Raises InputError."""
     try:
         build_model(dataclasses.replace(s, channels=8)).steps(s.infer_steps)
     except ValueError as error:

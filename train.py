@@ -32,7 +32,7 @@ from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, load_s
                   load_torch, locked, read_json, refuse_other_run, run_folder, save_checkpoint,
                   save_csv, save_json, steps_per_epoch)
 from score import in_words, normal_scores, score, thresholds, write_results
-from settings import NOT_COMPARED, SCORING, Settings, build_model, parse
+from settings import NOT_COMPARED, SCORING, Settings, build_model, check, check_steps, parse
 from transfusion import TransFusion, load_authors_weights
 
 
@@ -117,8 +117,8 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 def check_finite(losses: dict[str, float]) -> None:
     if not math.isfinite(losses["loss"]):
-        raise InputError(f"the loss is not finite ({losses}); try a lower --lr, --clip 1 or "
-                         f"--precision float32, from the last checkpoint with --resume")
+        raise InputError(f"the loss is not finite ({losses}); start again under another --name "
+                         f"with half the --lr, --clip 1 or --precision float32")
 
 
 def make_optimizer(model: TransFusion, s: Settings):
@@ -185,8 +185,9 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path, state: 
             ema.module.load_state_dict(state["ema"])
             ema.n_averaged.fill_(state["step"])
         progress = {k: state[k] for k in progress}
+    seconds = seconds_per_step(model, s, source, device)       # on every rank: BatchNorm may sync
     if RANK == 0:
-        announce(model, s, source, steps - progress["step"], per_epoch, device)
+        announce(model, s, source, steps - progress["step"], per_epoch, seconds)
     if s.compile:
         model.net.compile()
     losses_of = training_pass(model, s)
@@ -240,16 +241,17 @@ def close_epoch(progress: dict, per_epoch: int, rate: float) -> None:
     progress["sums"] = {}
 
 
-def announce(model, s: Settings, source: Source, steps: int, per_epoch: int, device) -> None:
+def announce(model, s: Settings, source: Source, steps: int, per_epoch: int,
+             seconds: float) -> None:
+    """Say what will run; seconds: measured time of a step."""
     for note in source.notes:
         print(f"  {note}")
     if not len(source.held_out):
         print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in model.parameters())
-    seconds = steps * seconds_per_step(model, s, source, device)
     print(f"  {s.preset} preset: {steps} steps of {s.batch} images at {s.crop} px "
-          f"({steps / per_epoch:.0f} epochs), {parameters / 1e6:.1f} M parameters, {device}, "
-          f"{s.precision}: about {duration(seconds)}", flush=True)
+          f"({steps / per_epoch:.0f} epochs), {parameters / 1e6:.1f} M parameters, {s.device}, "
+          f"{s.precision}: about {duration(steps * seconds)}", flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -280,6 +282,9 @@ def run(s: Settings, flags: argparse.Namespace) -> dict:
     print(f"{s.data} {s.category} -> {folder}")
     model = start_model(s, flags.weights)
     source = load_source(s)
+    if flags.eval_every and not source.test:
+        raise InputError(f"--eval-every {flags.eval_every}: {source.category.root} has no test "
+                         f"images to score")
     with locked(folder):
         return train_and_score(model, s, source, folder, state, flags.eval_every)
 
@@ -326,8 +331,11 @@ def start_model(s: Settings, weights: str) -> TransFusion:
 def evaluate(s: Settings, flags: argparse.Namespace) -> dict:
     """--eval: score the model of a run folder, or of --weights, with this command's scoring."""
     folder = run_folder(s)
+    if RANKS > 1:
+        raise InputError("--eval: one process scores; start it without torchrun")
     if flags.weights:
         refuse_other_run(folder, s)
+        refuse_trained_run(folder)
         model, suffix = start_model(s, flags.weights), ""
         progress = {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
     else:
@@ -338,10 +346,15 @@ def evaluate(s: Settings, flags: argparse.Namespace) -> dict:
                  and getattr(s, k) != getattr(trained, k)]
         if fixed:
             raise InputError(f"--eval: {', '.join(fixed)} cannot be changed after training")
-        used = dataclasses.replace(trained, **given, root=s.root, out=s.out, device=s.device,
-                                   memory_gb=s.memory_gb, eval_batch=s.eval_batch)
+        used = dataclasses.replace(trained, **given, data=s.data, root=s.root, out=s.out,
+                                   device=s.device, memory_gb=s.memory_gb,
+                                   eval_batch=s.eval_batch)
+        check(used)
+        check_steps(used)
         suffix = "".join(f"-{k}{getattr(used, k)}" for k in SCORING
                          if getattr(used, k) != getattr(trained, k))
+        if "normal" not in progress:                   # written when the training is over
+            suffix = f"-step{progress['step']}{suffix}"
         s = used
     source = load_source(s, training=False)
     if not source.test:
@@ -353,6 +366,12 @@ def evaluate(s: Settings, flags: argparse.Namespace) -> dict:
             save_checkpoint(folder / "last.pt", s, model, None, None, progress)
             add_to_checkpoint(folder / "last.pt", normal=normal)
         return write_results(folder, model, s, source, progress, normal, suffix)
+
+
+def refuse_trained_run(folder: Path) -> None:
+    """Raise InputError if the folder holds a trained model, which --weights would replace."""
+    if (folder / "last.pt").exists() and load_checkpoint(folder / "last.pt")[1]["step"] > 0:
+        raise InputError(f"{folder} holds a trained model; give the --weights a --name")
 
 
 def print_table(rows: list[dict]) -> None:

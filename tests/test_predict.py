@@ -1,5 +1,6 @@
 """predict.py on a small trained model: the files it writes, places, thresholds, bad input."""
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 import metrics
+import perlin
 import predict
 import runs
 from settings import Settings, build_model
@@ -165,6 +167,29 @@ def test_unreadable_images_are_counted_and_the_rest_goes_on(small, photos, tmp_p
     assert len(rows_of(tmp_path / "found" / "scores.csv")) == 8
 
 
+def test_nothing_is_written_outside_of_out(small, photos, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    before = files_in(photos)
+    assert predict.main([str(small[0]), "../../photos/day 1", "../../photos/day 2", "--out",
+                         "found"]) == 0
+    assert files_in(photos) == before
+    assert len(list((tmp_path / "a" / "b" / "found").rglob("*.png"))) == 16
+
+
+def test_the_map_of_the_run_is_the_one_inspected(small):
+    model, s, _ = runs.load_model(small[0] / "last.pt", torch.device("cpu"))
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    for kind in ("recon", "disc", "last"):
+        s = dataclasses.replace(s, final_mask=kind)
+        found, = predict.inspect(model, s, [image])
+        x = perlin.scale(torch.tensor(image).permute(2, 0, 1)[None])
+        restored = model.restore(x, s.infer_steps)
+        M = {"recon": restored.M_recon, "disc": restored.M_disc, "last": restored.M_last}[kind]
+        want = torch.nn.functional.avg_pool2d(M, 7, 1, 3).amax().item()
+        assert found.score == pytest.approx(want, rel=1e-4)
+
+
 def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, capsys):
     limits = []
     for rate in ("0.01", "0.5"):
@@ -178,9 +203,10 @@ def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, c
 
 def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_path, capsys):
     s = Settings(resize=32, crop=32, channels=8, T=2)
-    runs.save_checkpoint(tmp_path / "model.pt", s, build_model(s), None, None, {})
+    runs.save_checkpoint(tmp_path / "model.pt", s, build_model(s), None, None,
+                         {"normal": None})
     assert predict.main([str(tmp_path / "model.pt"), str(photos), "--out", str(tmp_path / "o")]) == 0
-    assert "no threshold" in capsys.readouterr().out
+    assert "trained without held-out images" in capsys.readouterr().out
     rows = rows_of(tmp_path / "o" / "scores.csv")
     assert len(rows) == 8 and all(row["verdict"] == row["threshold"] == "" for row in rows)
     assert rows_of(tmp_path / "o" / "regions.csv") == []

@@ -19,6 +19,7 @@ from PIL import Image
 
 import data
 import metrics
+import predict
 import train
 from runs import load_model
 from score import score_maps
@@ -238,6 +239,44 @@ def test_eval_every_logs_each_evaluation(parts):
     assert [row["epoch"] for row in rows] == ["2"] and 0 <= float(rows[0]["image_auroc"]) <= 1
 
 
+def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, monkeypatch):
+    folder, steps = parts.parent / "runs" / "parts" / "bolt", []
+
+    def interrupt(*args):
+        steps.append(args)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return make_batch(*args)
+
+    make_batch = train.make_batch
+    monkeypatch.setattr(train, "make_batch", interrupt)
+    assert train.main(argv_for(parts)) == 130
+    monkeypatch.undo()
+    stopped = torch.load(folder / "last.pt", weights_only=True)["step"]
+    assert train.main(argv_for(parts, "--eval")) == 0
+    assert (folder / f"metrics-step{stopped}.json").exists()
+    assert not (folder / "metrics.json").exists()
+    assert predict.main([str(folder), str(parts / "bolt" / "test"), "--out",
+                         str(parts.parent / "found"), "--device", "cpu"]) == 0
+    assert "this run is not finished" in capsys.readouterr().out
+    # The folder spelt another way is the same run.
+    assert train.main(argv_for(Path(f"{parts}/./"), "--resume")) == 0
+    assert (folder / "metrics.json").exists()
+
+
+def test_epochs_beat_the_steps_of_a_preset():
+    assert parse(["--preset", "quick"])[0].steps == 1200
+    assert parse(["--preset", "quick", "--epochs", "5"])[0].steps == 0
+
+
+def test_eval_checks_inference_steps_against_the_runs_own_schedule(parts, capsys):
+    assert train.main(argv_for(parts, "--T", "30")) == 0
+    assert train.main(argv_for(parts, "--eval", "--infer-steps", "25")) == 0
+    assert train.main(argv_for(parts, "--T", "5", "--name", "short")) == 0
+    refused(capsys, argv_for(parts, "--name", "short", "--eval", "--infer-steps", "10"),
+            "10 inference steps", "1 to 5")
+
+
 def test_all_categories_skip_the_finished_and_end_with_a_table(parts, capsys):
     shutil.copytree(parts / "bolt", parts / "nut")
     assert train.main(argv_for(parts)) == 0
@@ -290,6 +329,8 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
     shutil.rmtree(parts / "bolt" / "test")
     assert train.main(argv_for(parts, "--name", "untested")) == 0
     assert "not scored" in capsys.readouterr().out
+    refused(capsys, argv_for(parts, "--name", "watched", "--eval-every", "1"), "--eval-every 1",
+            "no test images")
     assert train.main(argv_for(parts, "--name", "untested")) == 0
     assert "is finished with these settings" in capsys.readouterr().out
 
@@ -305,6 +346,13 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
     refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
             "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
     refused(capsys, [*argv, str(tmp_path / "absent.pkl")], "does not exist")
+    trained = argv_for(parts, "--preset", "authors", "--channels", "32", "--steps", "1", "--name",
+                       "trained")
+    assert train.main(trained) == 0
+    before = contents(parts.parent / "runs" / "parts" / "bolt-trained")
+    refused(capsys, [*trained, "--eval", "--weights", str(tmp_path / "bolt_model.pkl")],
+            "holds a trained model", "--name")
+    assert contents(parts.parent / "runs" / "parts" / "bolt-trained") == before
 
 
 def test_without_a_gpu_the_cpu_preset_is_taken_and_said(parts, capsys, monkeypatch):
@@ -343,6 +391,8 @@ def test_help_shows_every_field(capsys):
     (["--kernel", "4"], ["--kernel 4", "odd"]),
     (["--lr", "-1"], ["--lr -1"]),
     (["--lr", "nan"], ["--lr nan"]),
+    (["--weight-decay", "-1"], ["--weight-decay -1", "at least 0"]),
+    (["--device", "mps"], ["--device mps", "no such device"]),
     (["--lr", "fast"], ["--lr", "fast"]),
     (["--drop-loss", "nx"], ["--drop-loss nx"]),
     (["--drop-loss", "nmac"], ["--drop-loss nmac"]),
