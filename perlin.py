@@ -11,7 +11,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-LATTICE = 64            # > 32 sqrt(2) + 2: a rotated map of 32 periods stays on the lattice
+LATTICE = 64            # > 32 sqrt(2) + 3: a rotated map of 32 periods stays on the lattice
 TEXTURAL = 0.5          # share of textural anomalies, the rest is structural (MemSeg)
 GRID = 8                # blocks per axis of a structural anomaly
 
@@ -30,18 +30,22 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------- masks
 
-def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, H: int, W: int) -> Tensor:
+def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, phases: Tensor,
+                 H: int, W: int) -> Tensor:
     """Gradient noise of Perlin (1985) on maps of any size, [B, 1, H, W], about in [-1, 1].
 
     gradients: [B, LATTICE, LATTICE] directions in radians; periods: [B, 2] lattice cells along the
-    height and the width, at most 32; angles: [B] rotation of the whole map in radians.
+    height and the width, at most 32; angles: [B] rotation of the whole map in radians; phases:
+    [B, 2] in [0, 1), where in its lattice cell the map's centre lies: the noise is zero at every
+    lattice point, so a fixed place would keep the masks from one spot of all images.
     """
     device = gradients.device
     y = ((torch.arange(H, device=device) + 0.5) / H - 0.5)[None, :, None]      # [1, H, 1]
     x = ((torch.arange(W, device=device) + 0.5) / W - 0.5)[None, None, :]      # [1, 1, W]
     cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
-    u = (cos * y - sin * x) * periods[:, 0, None, None] + LATTICE / 2          # [B, H, W]
-    v = (sin * y + cos * x) * periods[:, 1, None, None] + LATTICE / 2
+    stretch, origin = periods[:, :, None, None], (phases + LATTICE / 2)[:, :, None, None]
+    u = (cos * y - sin * x) * stretch[:, 0] + origin[:, 0]                       # [B, H, W]
+    v = (sin * y + cos * x) * stretch[:, 1] + origin[:, 1]
     u0, v0 = u.floor(), v.floor()
     du, dv = u - u0, v - v0
     flat = gradients.flatten(1)
@@ -61,11 +65,12 @@ def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, H: int, W: 
 
 
 def random_perlin(rng: np.random.Generator, B: int, H: int, W: int, device) -> Tensor:
-    """Perlin noise of random scale, 2^{0..5} periods an axis, turned by U(-90, 90) degrees."""
+    """Perlin noise of random scale, 2^{0..5} periods an axis, shifted, turned by U(-90, 90) deg."""
     gradients = to_device(rng.uniform(0, 2 * np.pi, (B, LATTICE, LATTICE)), device)
     periods = to_device(2.0 ** rng.integers(0, 6, (B, 2)), device)
     angles = to_device(rng.uniform(-np.pi / 2, np.pi / 2, B), device)
-    return perlin_noise(gradients, periods, angles, H, W)
+    phases = to_device(rng.random((B, 2)), device)
+    return perlin_noise(gradients, periods, angles, phases, H, W)
 
 
 def anomaly_mask(noise: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:

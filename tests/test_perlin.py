@@ -8,13 +8,13 @@ import torch
 import perlin
 
 
-def perlin_loop(gradients, periods, angle, H, W):
+def perlin_loop(gradients, periods, angle, phase, H, W):
     """Perlin's noise pixel by pixel: corners' gradients dotted with the way from them, blended."""
     L, out = perlin.LATTICE, np.empty((H, W))
     for i, j in np.ndindex(H, W):
         y, x = (i + 0.5) / H - 0.5, (j + 0.5) / W - 0.5
-        u = (math.cos(angle) * y - math.sin(angle) * x) * periods[0] + L / 2
-        v = (math.sin(angle) * y + math.cos(angle) * x) * periods[1] + L / 2
+        u = (math.cos(angle) * y - math.sin(angle) * x) * periods[0] + phase[0] + L / 2
+        v = (math.sin(angle) * y + math.cos(angle) * x) * periods[1] + phase[1] + L / 2
         total = 0
         for a in (math.floor(u), math.floor(u) + 1):
             for b in (math.floor(v), math.floor(v) + 1):
@@ -31,19 +31,20 @@ def test_noise_against_a_loop(H, W):
     rng = np.random.default_rng(0)
     gradients = rng.uniform(0, 2 * np.pi, (2, perlin.LATTICE, perlin.LATTICE))
     periods, angles = np.array([[1, 4], [32, 2]]), np.array([0.0, 1.1])
-    got = perlin.perlin_noise(*(torch.tensor(v).float() for v in (gradients, periods, angles)),
-                              H, W)
+    phases = np.array([[0.0, 0.3], [0.9, 0.5]])
+    got = perlin.perlin_noise(*(torch.tensor(v).float()
+                                for v in (gradients, periods, angles, phases)), H, W)
     assert got.shape == (2, 1, H, W)
     for k in range(2):
-        want = perlin_loop(gradients[k], periods[k], angles[k], H, W)
+        want = perlin_loop(gradients[k], periods[k], angles[k], phases[k], H, W)
         assert np.allclose(got[k, 0].numpy(), want, atol=1e-4)
 
 
 def test_noise_has_the_scale_it_is_asked_for():
     rng = np.random.default_rng(0)
     gradients = torch.tensor(rng.uniform(0, 6.28, (1, perlin.LATTICE, perlin.LATTICE))).float()
-    noise = [perlin.perlin_noise(gradients, torch.tensor([[p, p]]), torch.zeros(1), 128, 128)
-             for p in (1, 32)]
+    noise = [perlin.perlin_noise(gradients, torch.tensor([[p, p]]), torch.zeros(1),
+                                 torch.zeros(1, 2), 128, 128) for p in (1, 32)]
     rough = [float(n.diff(dim=-1).abs().mean()) for n in noise]
     assert rough[1] > 8 * rough[0]
     many = perlin.random_perlin(rng, 200, 32, 48, "cpu")
@@ -197,9 +198,18 @@ def test_appearance_is_scaled_as_images_are():
     assert float(eps.min()) == -1 and float(eps.max()) > 0.9
 
 
+def test_masks_reach_every_place_of_the_image():
+    """The centre too, which the rotation leaves where it is."""
+    M, _ = perlin.anomaly_mask(perlin.random_perlin(np.random.default_rng(0), 4000, 16, 16, "cpu"),
+                               torch.ones(4000, 1, 16, 16))
+    covered = M.mean((0, 1))
+    assert float(covered[7:9, 7:9].mean()) == pytest.approx(float(covered.mean()), rel=0.1)
+    assert float(covered.min()) > 0.6 * float(covered.max())
+
+
 def test_random_noise_covers_scales_and_angles(monkeypatch):
     seen = {}
-    monkeypatch.setattr(perlin, "perlin_noise", lambda gradients, periods, angles, H, W:
+    monkeypatch.setattr(perlin, "perlin_noise", lambda gradients, periods, angles, phases, H, W:
                         seen.update(periods=periods, angles=angles))
     perlin.random_perlin(np.random.default_rng(0), 400, 8, 8, torch.device("cpu"))
     assert set(seen["periods"].flatten().tolist()) == {1, 2, 4, 8, 16, 32}
