@@ -154,12 +154,7 @@ def predict(argv: list[str] | None = None) -> int:
         steps = len(model.steps(s.infer_steps)) - 1
     except ValueError as error:
         raise InputError(f"--infer-steps {s.infer_steps}: {error}")
-    if "normal" not in state:
-        print("this run is not finished, so there is no threshold yet: scores only (train.py "
-              "--resume goes on with it)")
-        image_threshold = pixel_threshold = None
-    else:
-        image_threshold, pixel_threshold = say_thresholds(state["normal"], s, steps)
+    image_threshold, pixel_threshold = say_thresholds(state, s, steps)
     out = Path(flags.out)
     files = find_images(flags.images, out)
     common = Path(os.path.commonpath([file.parent for file in files]))
@@ -200,12 +195,14 @@ def predict(argv: list[str] | None = None) -> int:
     return 1 if unread else 0
 
 
-def say_thresholds(normal: dict | None, s: Settings,
-                   steps: int) -> tuple[float | None, float | None]:
-    """The two thresholds of a checkpoint, printed with what they promise; None without any."""
+def say_thresholds(state: dict, s: Settings, steps: int) -> tuple[float | None, float | None]:
+    """The two thresholds of a checkpoint's content, printed with what they promise; None without
+    any."""
+    normal = state.get("normal")
     if not normal:
-        print("this model was trained without held-out images (--hold-out), so there is no "
-              "threshold: scores only")
+        why = "was trained without held-out images (--hold-out)" if "normal" in state else \
+            "is of a run that is not finished (train.py --resume goes on with it)"
+        print(f"this model {why}, so there is no threshold: scores only")
         return None, None
     image, pixel = thresholds(normal, s)
     print(in_words(image, len(normal["images"])))

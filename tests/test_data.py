@@ -200,6 +200,8 @@ def test_image_kinds(tmp_path):
         image.save(tmp_path / name)
         got = data.load_image(tmp_path / name, 8, 8)
         assert got.dtype == np.uint8 and np.array_equal(got, rgb.transpose(2, 0, 1)), name
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "dark.png")
+    assert data.load_image(tmp_path / "dark.png", 8, 8).max() == 1   # of 16 bits, however dark
 
 
 def test_preprocessing_resizes_and_crops_the_centre(tmp_path):

@@ -213,7 +213,7 @@ def test_same_seed_same_run_and_another_seed_another(parts):
 
 def test_a_loss_that_is_not_finite_stops_the_run(parts, capsys):
     refused(capsys, argv_for(parts, "--lr", "1e30", "--clip", "0", "--steps", "50"),
-            "not finite", "--lr")
+            "not finite", "half the --lr", "another --name")
     assert "last.pt" not in contents(parts.parent / "runs" / "parts" / "bolt")
 
 
@@ -258,7 +258,7 @@ def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, mon
     assert not (folder / "metrics.json").exists()
     assert predict.main([str(folder), str(parts / "bolt" / "test"), "--out",
                          str(parts.parent / "found"), "--device", "cpu"]) == 0
-    assert "this run is not finished" in capsys.readouterr().out
+    assert "run that is not finished" in capsys.readouterr().out
     # The folder spelt another way is the same run.
     assert train.main(argv_for(Path(f"{parts}/./"), "--resume")) == 0
     assert (folder / "metrics.json").exists()
@@ -275,6 +275,18 @@ def test_eval_checks_inference_steps_against_the_runs_own_schedule(parts, capsys
     assert train.main(argv_for(parts, "--T", "5", "--name", "short")) == 0
     refused(capsys, argv_for(parts, "--name", "short", "--eval", "--infer-steps", "10"),
             "10 inference steps", "1 to 5")
+
+
+def test_eval_finds_data_that_has_moved(parts):
+    assert train.main(argv_for(parts)) == 0
+    metrics = parts.parent / "runs" / "parts" / "bolt" / "metrics.json"
+    before = json.loads(metrics.read_text())
+    moved = parts.parent / "elsewhere" / "parts"
+    moved.parent.mkdir()
+    parts.rename(moved)
+    metrics.unlink()
+    assert train.main(argv_for(parts, "--eval", "--data", str(moved))) == 0
+    assert json.loads(metrics.read_text())["image_auroc"] == before["image_auroc"]
 
 
 def test_all_categories_skip_the_finished_and_end_with_a_table(parts, capsys):
