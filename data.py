@@ -306,7 +306,8 @@ def find_foreground(image: np.ndarray) -> np.ndarray | None:
     """The object of one image, uint8 [3, H, W] -> bool [H, W], or None where that is not sure.
 
     The background is a quadratic surface fitted to the border's colours, robustly; the object is
-    what deviates from it, holes filled, slightly dilated. Not sure: a border that is no smooth
+    what deviates from it by more than Otsu's threshold, which shadows hardly do, holes filled,
+    slightly dilated. Not sure: a border that is no smooth
     background, or an object that covers hardly anything or everything.
     """
     _, H, W = image.shape
@@ -325,14 +326,14 @@ def find_foreground(image: np.ndarray) -> np.ndarray | None:
         background = border & (deviation < 4 * noise)
         if background.sum() < 0.7 * border.sum():
             return None
-    mask = deviation > max(4 * noise, 0.5 * otsu(deviation))
+    mask = deviation > max(4 * noise, otsu(deviation))
     mask = ndimage.binary_fill_holes(ndimage.binary_opening(mask))
     regions, count = ndimage.label(mask)
     if count == 0:
         return None
     areas = np.bincount(regions.ravel())[1:]
     mask = np.isin(regions, 1 + np.flatnonzero(areas > 0.05 * areas.max()))
-    mask = ndimage.binary_dilation(mask, iterations=max(1, round(H / 64)))
+    mask = ndimage.binary_dilation(mask, iterations=max(1, round(H / 48)))
     return mask if 0.01 < mask.mean() < 0.95 else None
 
 
