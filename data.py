@@ -307,8 +307,8 @@ def find_foreground(image: np.ndarray) -> np.ndarray | None:
 
     The background is a quadratic surface fitted to the border's colours, robustly; the object is
     what deviates from it by more than Otsu's threshold, which shadows hardly do, holes filled,
-    slightly dilated. Not sure: a border that is no smooth
-    background, or an object that covers hardly anything or everything.
+    slightly dilated. Not sure: a border that is no smooth background, or an object that covers
+    hardly anything or everything.
     """
     _, H, W = image.shape
     smooth = ndimage.gaussian_filter(image.astype(np.float32), (0, H / 256, W / 256))

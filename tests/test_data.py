@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import data
 from data import InputError
@@ -254,6 +255,16 @@ def test_foreground_is_found_on_an_uneven_background():
     image, disc = object_image()
     found = data.find_foreground(image)
     assert found[disc].all() and found.mean() < 1.5 * disc.mean()
+
+
+def test_foreground_leaves_shadows_out():
+    image, disc = object_image()
+    y, x = np.mgrid[0:64, 0:64]
+    shadow = (np.hypot(y - 40, x - 40) < 15) & ~disc
+    image[:, shadow] -= 40                                           # the disc is 100 darker
+    found = data.find_foreground(image)
+    edge = ndimage.binary_dilation(disc, iterations=3)
+    assert found[disc].all() and not found[shadow & ~edge].any()
 
 
 def test_foreground_is_not_sure_without_a_background():
