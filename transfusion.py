@@ -248,12 +248,17 @@ class ResUNet(nn.Module):
 
         Most of an image is normal, so this is most of the answer; from torch's default values
         hundreds of steps pass before it is learned. The paper says nothing on initialisation.
+
+        Attention starts nearly even, by small weights of q and k. Its input is not normalised and
+        grows: with torch's weights logits reached thousands, and then the gradient exploded.
         """
         for module in self.modules():
             if isinstance(module, (ResidualBlock, Attention)):
                 last = module.conv2 if isinstance(module, ResidualBlock) else module.output
                 last.weight.zero_()
                 last.bias.zero_()
+            if isinstance(module, Attention):                # q and k, of q, k and v
+                module.projection.weight[:2 * module.output.in_features].mul_(0.1)
         last = self.up[-1].res.shortcut                     # sees [h, the input convolution]
         skip = last.in_channels - self.image_proj.out_channels
         for layer, source in ((self.image_proj, 0), (last, skip), (self.normal_head, 0)):
