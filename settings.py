@@ -90,7 +90,7 @@ PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "cpu": dict(resize=128, crop=128, channels=16, init="identity", steps=2700, lr=5e-4,
+    "cpu": dict(resize=96, crop=96, channels=16, init="identity", steps=4400, lr=1e-3,
                 attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
                 hold_out=0.1, checkpoint_every=200, infer_steps=3),
     "quick": dict(resize=80, crop=80, rotation=10.0, channels=16, batch=4, init="identity",
