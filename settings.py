@@ -33,7 +33,8 @@ class Settings:
     memory_gb: float = setting(4.0, "images beyond this are read from disk at every use", "run")
 
     resize: int = setting(256, "images are resized to this side, in pixels", "training")
-    crop: int = setting(224, "then cropped to this centre", "training")
+    crop: int = setting(224, "then cropped to this centre; follows --resize where the preset crops "
+                        "nothing", "training")
     foreground: str = setting("auto", "where anomalies are put: auto, none or a folder of masks",
                               "training")
     rotation: float = setting(90.0, "rotation augmentation, degrees to either side", "training")
@@ -144,10 +145,13 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     flags.given = set(given)
     device = pick_device(given.get("device", "auto"))
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
+    usual = Settings(**PRESETS[preset])
     if given.get("data", "demo") == "demo":
         given.setdefault("category", "fabric")
     if "data" in given:
         given["data"] = os.path.normpath(given["data"])   # parts/, ./parts and parts are one run
+    if "resize" in given and usual.crop == usual.resize:
+        given.setdefault("crop", given["resize"])         # where nothing is cropped, nothing will
     if "epochs" in given:
         given.setdefault("steps", 0)                      # the flag beats a preset's steps
     settings = Settings(**{**PRESETS[preset], **given, "preset": preset, "device": str(device)})

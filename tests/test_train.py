@@ -376,6 +376,14 @@ def test_without_a_gpu_the_cpu_preset_is_taken_and_said(parts, capsys, monkeypat
                                                                          1500, 800)
 
 
+@pytest.mark.parametrize("preset, flags, crop", [
+    ("cpu", [], 96), ("cpu", ["--resize", "256"], 256), ("quick", ["--resize", "64"], 64),
+    ("authors", ["--resize", "320"], 320), ("cpu", ["--resize", "256", "--crop", "224"], 224),
+    ("paper", ["--resize", "288"], 224)])
+def test_a_preset_without_a_crop_has_none_at_another_size(preset, flags, crop):
+    assert parse(["--preset", preset, *flags])[0].crop == crop
+
+
 def test_the_learning_rate_of_the_paper():
     s = Settings()
     rates = [train.learning_rate(s, epoch * 26, 1500 * 26, 26) for epoch in (0, 799, 800, 1499)]
