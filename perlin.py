@@ -76,8 +76,8 @@ def random_perlin(rng: np.random.Generator, B: int, H: int, W: int, device) -> T
 def anomaly_mask(noise: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
     """M = |noise| > 0.5 inside the foreground, and the threshold that was used, [B, 1, 1, 1].
 
-    noise, foreground ({0, 1}): [B, 1, H, W]. Where nothing of the foreground exceeds 0.5 the
-    threshold is lowered to 0.9 of the largest value there, so M is empty only if the foreground is.
+    noise, foreground ({0, 1}): [B, 1, H, W]. The threshold is lowered to 0.9 of the foreground's
+    largest value where that is below 0.5, so M is empty only if the foreground is.
     """
     height = noise.abs() * foreground
     threshold = (0.9 * height.amax((1, 2, 3), keepdim=True)).clamp(max=0.5)

@@ -90,10 +90,10 @@ PE_CHANNELS = {"2d": 16, "row": 1, "none": 0}
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or one a channel where there are no more than 32.
+    """32 groups, or as many as divide both 32 and the channels: one a channel for 16 and 32.
 
-    One a channel subtracts the time embedding again, a constant of the channel: in a network of 16
-    or 32 channels t acts only at the lower resolutions.
+    That subtracts the time embedding again, a constant of the channel: in a network of 16 or 32
+    channels t acts only at the lower resolutions.
     """
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
