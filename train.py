@@ -311,8 +311,8 @@ def train_and_score(model: TransFusion, s: Settings, source: Source, folder: Pat
     if normal and not math.isnan(found["image_f1max"]):
         print(f"  at that threshold the test set's F1 is {100 * found['image_f1']:.1f} %; the best "
               f"threshold for this very test set would give {100 * found['image_f1max']:.1f} %")
-        print(f"  with the held-out normal images in place of the test set's good ones the image "
-              f"AUROC is {100 * found['image_auroc_held_out']:.1f} %")
+        print(f"  the test set's defective images against the held-out normal ones: an AUROC of "
+              f"{100 * found['image_auroc_held_out']:.1f} %")
     return found
 
 
