@@ -217,7 +217,7 @@ def install(name: str, archive: Path, root: Path) -> None:
                      if any((path / entry).is_dir() for entry in inside)), folder)
         lacks = shortfalls(name, home)
         if lacks:
-            raise InputError(f"{archive}: {lacks[0]} (and {len(lacks) - 1} faults more)")
+            raise InputError(f"{archive}: {lacks[0]} (faults: {len(lacks)})")
         os.replace(home, root / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -357,7 +357,7 @@ def check(folder: Path) -> int:
               f"{kinds.count('bad'):9}  {sum(mask is not None for _, _, mask in rows):5}  "
               f"{' x '.join(spans)}")
         wrong += [fault for fault in faults if fault not in wrong]      # a table is of them all
-    print("\n".join(["", *wrong, f"{len(wrong)} faults" if wrong else "nothing is wrong"]))
+    print("\n".join(["", *wrong, f"faults: {len(wrong)}" if wrong else "nothing is wrong"]))
     return 1 if wrong else 0
 
 

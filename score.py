@@ -136,7 +136,7 @@ def in_words(image: metrics.Threshold, count: int) -> str:
             f"{100 * image.high:.1f} % is plausible)")
 
 
-def alarm_rates(normal: dict | None, s: Settings, labels: np.ndarray, scores: np.ndarray) -> dict:
+def against_normal(normal: dict | None, s: Settings, labels: np.ndarray, scores: np.ndarray) -> dict:
     """The thresholds from the held-out normal images, and what the first does on the test set.
 
     image_auroc_held_out: the image AUROC with these images in place of the test set's good ones. It
@@ -166,7 +166,7 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
                   normal: dict | None, suffix: str = "") -> dict:
     """Score the model and write metrics[suffix].json; without a suffix the other files too."""
     found, maps, scores, seconds = score(model, s, source)
-    found.update(alarm_rates(normal, s, source.category.labels, scores))
+    found.update(against_normal(normal, s, source.category.labels, scores))
     per_epoch = steps_per_epoch(s, source)
     found.update(data=source.category.data, category=s.category, preset=s.preset, seed=s.seed,
                  step=progress["step"], epoch=math.ceil(progress["step"] / per_epoch),

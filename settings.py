@@ -145,11 +145,11 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     flags.given = set(given)
     device = pick_device(given.get("device", "auto"))
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
-    usual = Settings(**PRESETS[preset])
     if given.get("data", "demo") == "demo":
         given.setdefault("category", "fabric")
     if "data" in given:
         given["data"] = os.path.normpath(given["data"])   # parts/, ./parts and parts are one run
+    usual = Settings(**PRESETS[preset])
     if "resize" in given and usual.crop == usual.resize:
         given.setdefault("crop", given["resize"])         # where nothing is cropped, nothing will
     if "epochs" in given:

@@ -22,7 +22,7 @@ import metrics
 import predict
 import train
 from runs import load_model
-from score import alarm_rates, score_maps
+from score import against_normal, score_maps
 from settings import Settings, parse
 from test_demo import mean_std_model
 from test_transfusion import authors_state
@@ -131,10 +131,10 @@ def test_the_auroc_on_held_out_images_sees_what_light_hides():
     """Good test images that score lower than all others for another reason than their parts."""
     normal = {"images": [0.3, 0.1, 0.3], "pixels": torch.ones(1), "pixel_count": 10}
     labels, scores = np.array([0, 0, 1, 1]), np.array([0.01, 0.02, 0.2, 0.4])
-    found = alarm_rates(normal, Settings(), labels, scores)
+    found = against_normal(normal, Settings(), labels, scores)
     assert found["image_auroc_held_out"] == pytest.approx(4 / 6)
-    assert alarm_rates(normal, Settings(), labels[:2], scores[:2])["image_auroc_held_out"] is None
-    assert alarm_rates(None, Settings(), labels, scores)["image_auroc_held_out"] is None
+    assert against_normal(normal, Settings(), labels[:2], scores[:2])["image_auroc_held_out"] is None
+    assert against_normal(None, Settings(), labels, scores)["image_auroc_held_out"] is None
 
 
 def test_controls_training_and_true_labels_matter(small, demo_root):
