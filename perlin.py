@@ -214,3 +214,13 @@ def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.ran
              for image, mask, chosen, a in zip(images, foreground, turn, angle)]
     images, foreground = zip(*pairs)
     return torch.stack(images), torch.stack(foreground)
+
+
+def change_light(images: Tensor, light: float, rng: np.random.Generator) -> Tensor:
+    """Light augmentation (not in the paper): each image times a factor U(1 - light, 1 + light).
+
+    images: uint8 [B, 3, H, W]; light in [0, 1]. Before anomalies are made, so the changed light is
+    part of what is normal.
+    """
+    factors = rng.uniform(1 - light, 1 + light, len(images)).tolist()
+    return torch.stack([TF.adjust_brightness(image, f) for image, f in zip(images, factors)])

@@ -38,6 +38,8 @@ class Settings:
     foreground: str = setting("auto", "where anomalies are put: auto, none or a folder of masks",
                               "training")
     rotation: float = setting(90.0, "rotation augmentation, degrees to either side", "training")
+    light: float = setting(0.0, "light augmentation, not in the paper: the brightness of every "
+                           "image times 1 - LIGHT to 1 + LIGHT", "training")
     channels: int = setting(64, "width of the network at full resolution", "training")
     batch: int = setting(8, "images a step, half of them made anomalous", "training")
     epochs: int = setting(1500, "passes over the training images", "training")
@@ -205,8 +207,8 @@ def check(s: Settings) -> None:
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")
-    for name, high in (("lam", 1), ("hold_out", 0.9), ("ema", 1), ("false_alarms", 1),
-                       ("pixel_false_alarms", 0.1)):
+    for name, high in (("lam", 1), ("light", 1), ("hold_out", 0.9), ("ema", 1),
+                       ("false_alarms", 1), ("pixel_false_alarms", 0.1)):
         if not 0 <= getattr(s, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must lie in 0..{high}")

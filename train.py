@@ -57,6 +57,8 @@ def make_batch(s: Settings, source: Source, last_step: int, step: int, device: t
     images, foreground = perlin.rotate_batch(source.images[chosen].to(device),
                                              source.foreground[chosen].to(device, torch.float32),
                                              s.rotation, rng)
+    if s.light:
+        images = perlin.change_light(images, s.light, rng)
     t = torch.tensor(rng.integers(1, last_step + 1, s.batch).tolist(), device=device)
     textures = source.textures.draw((s.batch + 1) // 2, rng).to(device)
     made = perlin.synthesize(images, foreground, textures, t == last_step, rng)

@@ -176,6 +176,17 @@ def test_rotation_turns_image_and_foreground_alike_and_up_to_its_angle():
     assert 0.35 < float(upright.float().mean()) < 0.65
 
 
+def test_light_augmentation_scales_each_image_by_a_factor_of_its_own():
+    images = torch.full((400, 3, 2, 2), 100, dtype=torch.uint8)
+    images[:, :, 0] = 200
+    out = perlin.change_light(images, 0.2, np.random.default_rng(0))
+    assert out.dtype == torch.uint8 and out.shape == images.shape
+    factors = out[:, 0, 1, 0] / 100
+    assert factors.min() < 0.83 and factors.max() > 1.17
+    assert 0.79 <= factors.min() and factors.max() <= 1.2
+    assert (out[:, :, 0] / 200 - factors[:, None, None]).abs().max() <= 0.01     # one for all pixels
+
+
 def test_appearances(monkeypatch):
     """Textural: the texture after three operations. Structural: the image's blocks after three."""
     calls = []

@@ -21,7 +21,7 @@ import data
 import metrics
 import predict
 import train
-from runs import load_model
+from runs import load_model, load_source
 from score import against_normal, score_maps
 from settings import Settings, parse
 from test_demo import mean_std_model
@@ -249,6 +249,15 @@ def test_eval_every_logs_each_evaluation(parts):
     assert [row["epoch"] for row in rows] == ["2"] and 0 <= float(rows[0]["image_auroc"]) <= 1
 
 
+def test_light_changes_the_whole_batch_and_nothing_without_it(parts):
+    s, _ = parse(argv_for(parts))
+    source, cpu = load_source(s), torch.device("cpu")
+    usual, same, lit = (train.make_batch(dataclasses.replace(s, light=light), source, 20, 0, cpu)[0]
+                        for light in (0.0, 0.0, 0.5))
+    assert torch.equal(usual, same)
+    assert all(not torch.equal(a, b) for a, b in zip(usual, lit))
+
+
 def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, monkeypatch):
     folder, steps = parts.parent / "runs" / "parts" / "bolt", []
 
@@ -418,6 +427,7 @@ def test_help_shows_every_field(capsys):
     (["--crop", "64"], ["--crop 64 is larger"]),
     (["--batch", "1"], ["--batch 1", "at least 2"]),
     (["--lam", "1.5"], ["--lam 1.5", "0..1"]),
+    (["--light", "-0.1"], ["--light -0.1", "0..1"]),
     (["--kernel", "4"], ["--kernel 4", "odd"]),
     (["--lr", "-1"], ["--lr -1"]),
     (["--lr", "nan"], ["--lr nan"]),

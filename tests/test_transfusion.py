@@ -494,6 +494,7 @@ def test_one_code_path_for_cuda():
             model = TransFusion(8, bf16=bf16, **kw)
             for _ in range(20):                                     # all of the ten operations
                 images, foreground = perlin.rotate_batch(images, foreground, 90, rng)
+                images = perlin.change_light(images, 0.1, rng)
                 made = perlin.synthesize(images, foreground, textures, opaque, rng)
             x = perlin.scale(images)
             losses = model.losses(x, made.eps, made.M, made.M_a, torch.ones(4, dtype=torch.int64))
