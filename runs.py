@@ -137,9 +137,11 @@ def refuse_other_run(folder: Path, s: Settings) -> None:
     """Raise InputError if the folder holds a run with other settings than these."""
     if not (folder / "config.json").exists():
         return
-    there, here = read_json(folder / "config.json"), dataclasses.asdict(s)
+    there = dataclasses.asdict(Settings())      # a setting the run is older than had its default
+    there.update(read_json(folder / "config.json"))
+    here = dataclasses.asdict(s)
     other = [f"{k} {there[k]} there, {here[k]} here" for k in here
-             if k not in NOT_COMPARED and k in there and there[k] != here[k]]
+             if k not in NOT_COMPARED and there[k] != here[k]]
     if other:
         raise InputError(f"{folder} holds a run with other settings ({'; '.join(other[:4])}); "
                          f"give this one a --name")

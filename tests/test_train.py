@@ -21,7 +21,7 @@ import data
 import metrics
 import predict
 import train
-from runs import load_model, load_source
+from runs import load_model, load_source, refuse_other_run
 from score import against_normal, score_maps
 from settings import Settings, parse
 from test_demo import mean_std_model
@@ -178,6 +178,15 @@ def test_a_finished_run_is_skipped_and_other_settings_are_refused(small, capsys)
     refused(capsys, [*argv, "--lr", "0.5"], "other settings", "lr 0.001 there, 0.5 here", "--name")
     refused(capsys, [*argv, "--eval", "--T", "10"], "T cannot be changed after training")
     assert contents(folder) == before
+
+
+def test_a_setting_that_a_run_is_older_than_had_its_default(tmp_path):
+    config = dataclasses.asdict(Settings())
+    del config["light"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refuse_other_run(tmp_path, Settings())
+    with pytest.raises(data.InputError, match="light 0.0 there, 0.15 here"):
+        refuse_other_run(tmp_path, Settings(light=0.15))
 
 
 # ---------------------------------------------------------------- interruption and resuming
