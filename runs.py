@@ -137,8 +137,8 @@ def refuse_other_run(folder: Path, s: Settings) -> None:
     """Raise InputError if the folder holds a run with other settings than these."""
     if not (folder / "config.json").exists():
         return
-    there = dataclasses.asdict(Settings())      # a setting the run is older than had its default
-    there.update(read_json(folder / "config.json"))
+    # a setting the run is older than had its default
+    there = {**dataclasses.asdict(Settings()), **read_json(folder / "config.json")}
     here = dataclasses.asdict(s)
     other = [f"{k} {there[k]} there, {here[k]} here" for k in here
              if k not in NOT_COMPARED and there[k] != here[k]]
