@@ -6,9 +6,7 @@ masks and texture sources for the synthetic anomalies. Nothing here trains or wr
 import csv
 import difflib
 import os
-import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +17,11 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
+from settings import InputError
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 GOOD = {"good", "ok"}
-TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # no foreground to find
+TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # of MVTec AD
 
 CATEGORIES = {
     "mvtec": ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile "
@@ -43,26 +43,6 @@ PAGES = {"mvtec": "https://www.mvtec.com/company/research/datasets/mvtec-ad",
          "btad": "https://avires.dimi.uniud.it/papers/btad/btad.zip"}
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong: one line that says what, where, and what to do."""
-
-
-def exit_status(work: Callable[[], int | None]) -> int:
-    """Do a command's work. Returns its status; 2 for a user's mistake, which is said in one line,
-    and 130 for Ctrl-C."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}",
-                                                                   file=sys.stderr)
-            return work() or 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
-
-
 @dataclass(frozen=True)
 class Item:
     """A test image: label 1 is defective; mask is None where it is normal or not annotated."""
@@ -74,13 +54,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Category:
-    """One category on disk. annotated: whether the defects have ground-truth masks at all."""
+    """One category on disk. annotated: whether the defects have ground-truth masks at all; faults:
+    what is wrong with the listing, a line each."""
     data: str
     name: str
     root: Path
     train: list[Path]
     test: list[Item] = field(default_factory=list)
     annotated: bool = True
+    faults: list[str] = field(default_factory=list)
 
     @property
     def labels(self) -> np.ndarray:
@@ -113,7 +95,7 @@ def list_categories(data: str, root: Path) -> list[str]:
             return found
     if data in FOLDERS:
         raise InputError(
-            f"no {data} data under {root}: python download.py {data}, or get it from "
+            f"no {data} data under {root}: python tools/download.py {data}, or get it from "
             f"{PAGES.get(data, 'demo.py')} and unpack it to {root / data}/CATEGORY, or say where "
             f"it lies with --root DIR")
     if not data_folders(data, root):
@@ -135,10 +117,10 @@ def find_category(data: str, name: str, root: Path) -> Category:
         raise InputError(f"no category {name!r} in {data}{absent}; {hint}")
     path = next(folder / name for folder in data_folders(data, root) if is_category(folder / name))
     label = data if data in FOLDERS else Path(data).resolve().name
-    read = read_visa if (path / "Data" / "Images").is_dir() else read_mvtec
-    category = read(label, name, path)
-    if not category.train:
-        raise InputError(f"{path}: no training images; put normal images into train/good")
+    category = read_category(label, name, path)
+    if category.faults:
+        raise InputError(f"{category.faults[0]} (faults: {len(category.faults)}; python "
+                         f"tools/download.py --check {path} lists them)")
     return category
 
 
@@ -148,27 +130,35 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
-def read_mvtec(data: str, name: str, path: Path) -> Category:
+def read_category(data: str, name: str, path: Path, annotated: bool = False) -> Category:
+    """What is there of a category, and what is wrong with it. annotated: masks are missing even
+    where there is no ground_truth at all. Raises InputError for a VisA without its table."""
+    if (path / "Data" / "Images").is_dir():
+        category = read_visa(data, name, path)
+    else:
+        category = read_mvtec(data, name, path, annotated)
+    if not category.train:
+        category.faults.append(f"{path}: no training images; put normal images into train/good")
+    return category
+
+
+def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Category:
     """A category in MVTec AD's layout (BTAD's `ok` counts as good, masks ID_mask.* or ID.*)."""
     train = [p for good in sorted(GOOD) for p in list_images(path / "train" / good)]
-    truth, test = path / "ground_truth", []
-    folders = sorted(p for p in (path / "test").iterdir() if p.is_dir()) \
-        if (path / "test").is_dir() else []
-    for folder in folders:
+    truth, test, faults = path / "ground_truth", [], []
+    annotated |= truth.is_dir()
+    for folder in sorted(p for p in path.glob("test/*") if p.is_dir()):
         images = list_images(folder)
         if folder.name in GOOD:
             test += [Item(p, 0, folder.name) for p in images]
             continue
         masks = {p.stem.removesuffix("_mask"): p for p in list_images(truth / folder.name)}
-        unmasked = [p for p in images if p.stem not in masks]
-        if truth.is_dir() and unmasked:
-            raise InputError(f"{unmasked[0]}: no mask for it in {truth / folder.name} (nor for "
-                             f"{len(unmasked) - 1} more); add it, or remove all of ground_truth")
-        alone = sorted(set(masks) - {p.stem for p in images})
-        if alone:
-            raise InputError(f"{masks[alone[0]]}: a mask without its image {folder / alone[0]}.*")
+        faults += [f"{p}: no mask for it in {truth / folder.name}; add it, or remove all of "
+                   f"ground_truth" for p in images if annotated and p.stem not in masks]
+        faults += [f"{masks[stem]}: a mask without its image {folder / stem}.*"
+                   for stem in sorted(set(masks) - {p.stem for p in images})]
         test += [Item(p, 1, folder.name, masks.get(p.stem)) for p in images]
-    return Category(data, name, path, train, test, annotated=truth.is_dir())
+    return Category(data, name, path, train, test, annotated, faults)
 
 
 def read_visa(data: str, name: str, path: Path) -> Category:
@@ -176,25 +166,24 @@ def read_visa(data: str, name: str, path: Path) -> Category:
     table = path.parent / "split_csv" / "1cls.csv"
     if not table.is_file():
         raise InputError(f"{table} is missing: VisA's official split is part of its archive")
-    train, test = [], []
+    train, test, faults = [], [], []
     try:
         with open(table, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["object"] == name]
         for row in rows:
-            image = path.parent / row["image"]
+            image, normal = path.parent / row["image"], row["label"] == "normal"
+            mask = None if normal or row["split"] == "train" else path.parent / row["mask"]
+            gone = [p for p in (image, mask) if p and not p.is_file()]
+            faults += [f"{p}: in VisA's table, but not there" for p in gone]
+            if gone:
+                continue
             if row["split"] == "train":
                 train.append(image)
-            elif row["label"] == "normal":
-                test.append(Item(image, 0, "good"))
             else:
-                test.append(Item(image, 1, "bad", path.parent / row["mask"]))
+                test.append(Item(image, 0 if normal else 1, "good" if normal else "bad", mask))
     except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: not VisA's table object,split,label,image,mask ({error!r})")
-    listed = train + [item.path for item in test] + [item.mask for item in test if item.mask]
-    gone = [p for p in listed if not p.is_file()]
-    if gone:
-        raise InputError(f"{gone[0]} is in {table} but not there (nor are {len(gone) - 1} more)")
-    return Category(data, name, path, train, test)
+    return Category(data, name, path, train, test, faults=faults)
 
 
 # ---------------------------------------------------------------- reading images
@@ -222,12 +211,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def preprocess(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     """Section 4.3's preprocessing: resize x resize (the aspect is not kept), then the centre crop.
 
-    image: RGB of any size. Returns uint8 [3, crop, crop]; `perlin.scale` brings it to [-1, 1].
+    image: RGB of any size. Returns uint8 [3, crop, crop]; `scale` brings it to [-1, 1].
     """
     image = image.resize((resize, resize), Image.Resampling.BILINEAR)
     edge = (resize - crop) // 2
     image = image.crop((edge, edge, edge + crop, edge + crop))
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def scale(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 as float32 in [-1, 1] (section 4.3)."""
+    return images.float() / 127.5 - 1
 
 
 def load_image(path: Path, resize: int, crop: int) -> np.ndarray:
@@ -239,10 +233,10 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     """Ground truth on the scoring grid, bool [crop, crop]: the image at grid x grid, then cropped.
 
     Non-zero pixels of the file are anomalous; a pixel of the grid is where at least half of its
-    area is, and an 8-connected region that this loses keeps its best pixel. Normal images: zeros.
-    Raises InputError for a mask that is not of its image's size.
+    area is, and an 8-connected region of which the crop would show nothing for that reason keeps
+    its best pixel there. Normal images: zeros. Raises InputError for a mask that is not of its
+    image's size.
     """
-    edge = (grid - crop) // 2
     if item.mask is None:
         return np.zeros((crop, crop), bool)
     mask = np.asarray(open_image(item.mask))
@@ -255,18 +249,20 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     if mask.shape != size:
         raise InputError(f"{item.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, "
                          f"its image {item.path} {size[1]} x {size[0]}; they must agree")
+    edge = (grid - crop) // 2
 
     def coverage(region: np.ndarray) -> np.ndarray:
         full = Image.fromarray(region.astype(np.float32))
-        return np.asarray(full.resize((grid, grid), Image.Resampling.BOX))
+        full = np.asarray(full.resize((grid, grid), Image.Resampling.BOX))
+        return full[edge:edge + crop, edge:edge + crop]
 
     reduced = coverage(mask) >= 0.5
     regions, count = ndimage.label(mask, np.ones((3, 3)))
     for k in range(1, count + 1):
         share = coverage(regions == k)
-        if not reduced[share > 0].any():
+        if share.any() and not reduced[share > 0].any():
             reduced[np.unravel_index(share.argmax(), share.shape)] = True
-    return reduced[edge:edge + crop, edge:edge + crop]
+    return reduced
 
 
 class Images(Sequence):
@@ -301,6 +297,11 @@ class Images(Sequence):
 
 
 # ---------------------------------------------------------------- foreground masks
+
+def is_texture(data: str, name: str) -> bool:
+    """Whether it is one of MVTec AD's categories that show no object, so have no foreground."""
+    return data == "mvtec" and name in TEXTURES
+
 
 def find_foreground(image: np.ndarray) -> np.ndarray | None:
     """The object of one image, uint8 [3, H, W] -> bool [H, W], or None where that is not sure.
@@ -347,43 +348,50 @@ def otsu(values: np.ndarray) -> float:
     return float(centres[between.argmax()])
 
 
-def foreground_masks(images: Images, paths: list[Path], name: str, mode: str = "auto",
+def foreground_masks(images: Images, category: Category, mode: str = "auto",
                      progress: bool = False) -> tuple[Tensor, str]:
     """Foreground of every training image, bool [N, 1, H, W], and a line that says what it is.
 
-    mode: "auto" (found in the images; the whole image for textures, and for a category in which
-    more than a tenth of the images are not sure), "none" (the whole image), or a folder with one
-    mask per image, of the same file stem, non-zero on the object. Raises InputError.
+    mode: "auto" (found in the images), "none" (the whole image), or a folder of masks. MVTec AD's
+    textures have no foreground: the whole image, and so has a category in which more than a tenth
+    of the images are not sure. Raises InputError.
     """
     N, S = len(images), images.crop
     whole = torch.ones(N, 1, S, S, dtype=torch.bool)
     if mode == "none":
         return whole, "whole image"
-    if mode != "auto":
-        return given_foreground(images, paths, Path(mode)), f"masks of {mode}"
-    if name in TEXTURES:
+    if is_texture(category.data, category.name):
         return whole, "whole image (a texture)"
-    masks, unsure = whole, 0
+    if mode != "auto":
+        return given_foreground(images, category, Path(mode))
+    masks, unsure = whole.clone(), 0
     for k in tqdm(range(N), desc="foreground", unit="image", leave=False, disable=not progress):
         found = find_foreground(images[[k]][0].numpy())
         unsure += found is None
         if found is not None:
             masks[k, 0] = torch.from_numpy(found)
     if unsure > 0.1 * N:
-        return torch.ones_like(whole), f"whole image (no sure object in {unsure} of {N} images)"
+        return whole, f"whole image (no sure object in {unsure} of {N} images)"
     return masks, f"objects found, {masks.float().mean():.0%} of the image"
 
 
-def given_foreground(images: Images, paths: list[Path], folder: Path) -> Tensor:
+def given_foreground(images: Images, category: Category, folder: Path) -> tuple[Tensor, str]:
+    """The masks of folder/CATEGORY, or where that is not there of folder, by the images' names.
+
+    As in the authors' code: thresholded at half of their range, dilated by a 5 x 5 square.
+    """
     if not folder.is_dir():
         raise InputError(f"--foreground {folder}: no such folder; auto, none or a folder of masks")
-    masks = {p.stem.removesuffix("_mask"): p for p in list_images(folder)}
-    gone = [p for p in paths if p.stem not in masks]
+    if (folder / category.name).is_dir():
+        folder = folder / category.name
+    files = {p.stem.removesuffix("_mask"): p for p in list_images(folder)}
+    gone = [p for p in category.train if p.stem not in files]
     if gone:
         raise InputError(f"{folder}: no foreground mask named like {gone[0].name} "
                          f"(nor for {len(gone) - 1} more images)")
-    loaded = [load_image(masks[p.stem], images.resize, images.crop).max(0) > 0 for p in paths]
-    return torch.from_numpy(np.stack(loaded))[:, None]
+    loaded = [load_image(files[p.stem], images.resize, images.crop).max(0) for p in category.train]
+    masks = ndimage.binary_dilation(np.stack(loaded)[:, None] > 127, np.ones((1, 1, 5, 5)))
+    return torch.from_numpy(masks), f"masks of {folder}, {masks.mean():.0%} of the image"
 
 
 # ---------------------------------------------------------------- texture sources

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import InputError
+from settings import InputError
 
 SIZE = 256
 TRAIN, TEST_GOOD, PER_DEFECT = 80, 24, 11
@@ -52,8 +52,8 @@ def blob(rng: np.random.Generator, cy: float, cx: float, radius: float) -> np.nd
 def curve(rng: np.random.Generator, cy: float, cx: float, length: float, angle: float,
           bend: float) -> np.ndarray:
     """Distance in pixels to a bent stroke of this length around (cy, cx)."""
-    s = np.linspace(-0.5, 0.5, 48)
-    along, across = length * s, bend * length * (s ** 2 - 0.1) * rng.choice([-1, 1])
+    u = np.linspace(-0.5, 0.5, 48)
+    along, across = length * u, bend * length * (u ** 2 - 0.1) * rng.choice([-1, 1])
     py = cy + along * np.sin(angle) + across * np.cos(angle)
     px = cx + along * np.cos(angle) - across * np.sin(angle)
     return np.sqrt(((Y[..., None] - py) ** 2 + (X[..., None] - px) ** 2).min(-1))

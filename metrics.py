@@ -1,7 +1,7 @@
 """Scores of anomaly maps: image and pixel AUROC and AP, F1-max, AUPRO, a threshold from normals.
 
 AUPRO is written out because its definition matters, and the other pixel metrics follow from the same
-sorted pixels; the image metrics are scikit-learn's. No torch.
+curve in a fraction of a library's memory; the image metrics are scikit-learn's. No torch.
 """
 import warnings
 from typing import NamedTuple
@@ -12,101 +12,74 @@ from scipy.stats import beta
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 
-def region_weights(masks: np.ndarray) -> tuple[np.ndarray, int]:
-    """1 / |region| of every anomalous pixel, float64 in the order of x[masks], and the number of
-    regions.
+def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve up to a false-positive rate of `limit`, in 0..1.
+
+    MVTec AD's evaluation, exactly: every distinct score is a threshold, the area is divided by
+    `limit`. maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if
+    there is no anomalous or no normal pixel.
+    """
+    return area(*pro_curve(maps, masks), limit) / limit
+
+
+def pro_curve(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rate and mean overlap of the regions, over all thresholds.
+
+    A pixel of a region adds 1 / |region| to the overlap, a normal pixel of any image, the good ones
+    included, 1 / number of normal pixels to the rate. Arguments and errors as in `aupro`.
+    """
+    return curve(maps, masks, region_weights(masks))
+
+
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """1 / |region| of every anomalous pixel, float64 in the order of maps[masks].
 
     masks: bool [N, H, W]. A region is 8-connected and lies within one image.
     """
-    weights, count = [], 0
+    weights = []
     for mask in masks:
-        regions, found = ndimage.label(mask, np.ones((3, 3)))
+        regions, _ = ndimage.label(mask, np.ones((3, 3)))
         inside = regions[mask]
         weights.append(1 / np.bincount(inside)[inside])
-        count += found
-    return np.concatenate(weights), count
+    return np.concatenate(weights)
 
 
-class Ranking(NamedTuple):
-    """The anomalous pixels' distinct scores, from the highest down, and what lies above them.
+def curve(maps: np.ndarray, masks: np.ndarray,
+          weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rate and weighted true-positive rate, from (0, 0) to (1, 1).
 
-    order: the anomalous pixels by falling score; last: the place in it of each distinct score's
-    last pixel; above, reached: how many normal pixels score more, and at least as much.
-    """
-    order: np.ndarray
-    last: np.ndarray
-    above: np.ndarray
-    reached: np.ndarray
-    normals: int
-
-
-def rank_pixels(maps: np.ndarray, masks: np.ndarray) -> Ranking:
-    """All that the pixel metrics need, by sorting the normal and the anomalous pixels apart.
-
-    maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if there is
-    no anomalous or no normal pixel.
+    weights: of the anomalous pixels, in the order of maps[masks]. With equal weights it is the ROC
+    curve. It rises only at the scores of anomalous pixels, so these alone are the thresholds, each
+    with two points: before it, and with the pixels of this very score, normal ones among them.
     """
     if not masks.any() or masks.all():
         raise ValueError("pixel metrics need at least one anomalous and one normal pixel")
-    scores, normal = maps[masks], np.sort(maps[~masks])
-    order = np.argsort(scores)[::-1]
-    scores = scores[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    above, reached = (len(normal) - np.searchsorted(normal, scores[last], side)
-                      for side in ("right", "left"))
-    return Ranking(order, last, above, reached, len(normal))
+    thresholds, place = np.unique(maps[masks], return_inverse=True)
+    hit = np.cumsum(np.bincount(place, weights)[::-1]) / weights.sum()    # thresholds falling
+    normal = np.sort(maps[~masks])
+    false_before, false_with = (1 - np.searchsorted(normal, thresholds[::-1], side) / len(normal)
+                                for side in ("right", "left"))
+    false = np.stack([false_before, false_with], 1).ravel()
+    true = np.stack([np.append(0.0, hit[:-1]), hit], 1).ravel()
+    return np.concatenate([[0.0], false, [1.0]]), np.concatenate([[0.0], true, [1.0]])
 
 
-def corners(ranking: Ranking, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The curve of `after` (its value once each distinct score is reached) over the false-positive
-    rate, from (0, 0) to (1, 1).
-
-    It moves only at an anomalous pixel's score, so it has two corners at each: before and after
-    the pixels of that very score, the normal ones among them.
-    """
-    false = np.stack([ranking.above, ranking.reached], 1).ravel() / ranking.normals
-    value = np.stack([np.append(0.0, after[:-1]), after], 1).ravel()
-    return np.concatenate([[0.0], false, [1.0]]), np.concatenate([[0.0], value, [1.0]])
-
-
-def pro_curve(maps: np.ndarray, masks: np.ndarray,
-              ranking: Ranking | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive rate and mean overlap of the regions, the corners of the curve over all
-    thresholds from (0, 0) to (1, 1).
-
-    MVTec AD's evaluation: a pixel of a region adds 1 / |region|, a normal pixel of any image, the
-    good ones included, 1 / number of normal pixels; equal scores are one point of the curve.
-    Arguments and errors as in `rank_pixels`.
-    """
-    ranking = ranking or rank_pixels(maps, masks)
-    weights, count = region_weights(masks)
-    return corners(ranking, np.cumsum(weights[ranking.order])[ranking.last] / count)
-
-
-def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3,
-          ranking: Ranking | None = None) -> float:
-    """Area under the per-region-overlap curve up to a false-positive rate of `limit`, in 0..1.
-
-    Exact: every distinct score is a threshold, the trapezoid is interpolated at the limit and the
-    area divided by it. Arguments and errors as in `rank_pixels`.
-    """
-    false, overlap = pro_curve(maps, masks, ranking)
+def area(false: np.ndarray, true: np.ndarray, limit: float = 1.0) -> float:
+    """Area under a curve up to false = limit, where it is interpolated: trapezoids."""
     k = np.searchsorted(false, limit)                       # the first point at or past the limit
-    share = (limit - false[k - 1]) / (false[k] - false[k - 1])
-    at_limit = overlap[k - 1] + share * (overlap[k] - overlap[k - 1])
-    return float(np.trapezoid(np.append(overlap[:k], at_limit),
-                              np.append(false[:k], limit)) / limit)
+    at_limit = np.interp(limit, false[k - 1:k + 1], true[k - 1:k + 1])
+    return float(np.trapezoid(np.append(true[:k], at_limit), np.append(false[:k], limit)))
 
 
 def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    """Pixel AUROC, pixel AP (both as scikit-learn's, in a fraction of its memory) and AUPRO."""
-    ranking = rank_pixels(maps, masks)
-    hits = ranking.last + 1                                 # anomalous pixels found so far
-    found = hits / hits[-1]
-    precision = hits / (hits + ranking.reached)
-    return {"pixel_auroc": float(np.trapezoid(*reversed(corners(ranking, found)))),
-            "pixel_ap": float(np.sum(np.diff(found, prepend=0.0) * precision)),
-            "aupro": aupro(maps, masks, ranking=ranking)}
+    """Pixel AUROC, pixel AP (both as scikit-learn's) and AUPRO. Arguments as in `aupro`."""
+    anomalous = int(masks.sum())
+    false, true = curve(maps, masks, np.ones(anomalous))
+    false_count, true_count = false * (masks.size - anomalous), true * anomalous
+    precision = true_count[2::2] / (true_count + false_count)[2::2]   # with each threshold's pixels
+    return {"pixel_auroc": area(false, true),
+            "pixel_ap": float(np.sum(np.diff(true[::2]) * precision)),
+            "aupro": aupro(maps, masks)}
 
 
 def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:

@@ -17,15 +17,17 @@ GRID = 8                # blocks per axis of a structural anomaly
 
 
 class Synthetic(NamedTuple):
-    """A batch of training targets; M and M_a [B, 1, H, W] in {0, 1}, eps [B, 3, H, W]."""
+    """Anomalies for a batch; M and M_a [B, 1, H, W] in {0, 1}, the appearance A uint8 [B, 3, H, W].
+
+    A fills the whole image; the eps of Eq. 2 is A in [-1, 1] inside M and zero outside.
+    """
     M: Tensor
     M_a: Tensor
-    eps: Tensor
+    A: Tensor
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A float32 copy; through a list, as FakeTensorMode cannot take NumPy's memory over."""
-    return torch.tensor(array.tolist(), dtype=torch.float32, device=device)
+    return torch.from_numpy(array).to(device, torch.float32)
 
 
 # ---------------------------------------------------------------- masks
@@ -56,8 +58,8 @@ def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, phases: Ten
         direction = flat.gather(1, index).view_as(u)
         return direction.cos() * (du - i) + direction.sin() * (dv - j)
 
-    def fade(s: Tensor) -> Tensor:
-        return s ** 3 * (s * (6 * s - 15) + 10)
+    def fade(d: Tensor) -> Tensor:
+        return d ** 3 * (d * (6 * d - 15) + 10)
 
     top = torch.lerp(corner(0, 0), corner(0, 1), fade(dv))
     bottom = torch.lerp(corner(1, 0), corner(1, 1), fade(dv))
@@ -174,11 +176,6 @@ def anomaly_appearance(image: Tensor, texture: Tensor, rng: np.random.Generator)
 
 # ---------------------------------------------------------------- a training batch
 
-def scale(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 as float32 in [-1, 1] (section 4.3)."""
-    return images.float() / 127.5 - 1
-
-
 def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Tensor,
                rng: np.random.Generator) -> Synthetic:
     """Anomalies for the first half of a batch; the second half stays normal (section 4.3).
@@ -197,20 +194,25 @@ def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Ten
     M_a = M_a * (~opaque[:half, None, None, None])
     A = torch.stack([anomaly_appearance(image, texture, rng)
                      for image, texture in zip(images[:half], textures)])
-    eps = scale(A) * M
     clean = (0, 0, 0, 0, 0, 0, 0, B - half)                    # pads the batch dimension with zeros
-    return Synthetic(*(torch.nn.functional.pad(part, clean) for part in (M, M_a, eps)))
+    return Synthetic(*(torch.nn.functional.pad(part, clean) for part in (M, M_a, A)))
 
+
+# ---------------------------------------------------------------- augmentation of normal images
 
 def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.random.Generator,
-                 p: float = 0.3) -> tuple[Tensor, Tensor]:
+                 authors: bool = False, p: float = 0.3) -> tuple[Tensor, Tensor]:
     """Rotation augmentation (section 4.3): each sample with probability p by U(-degrees, degrees).
 
-    Nearest neighbour, black outside; the foreground turns along. Done before anomalies are made, so
-    these lie on the turned image.
+    images: uint8 [B, 3, H, W], interpolated linearly on black as DRAEM's augmentation library does;
+    authors: nearest neighbour on mid-grey, as their code does. foreground: [B, 1, H, W] in {0, 1},
+    turned along, empty outside. Before anomalies are made, so these lie on the turned image.
     """
+    how = (dict(interpolation=TF.InterpolationMode.NEAREST, fill=128) if authors
+           else dict(interpolation=TF.InterpolationMode.BILINEAR, fill=0))
     turn, angle = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
-    pairs = [(TF.rotate(image, float(a)), TF.rotate(mask, float(a))) if chosen else (image, mask)
+    pairs = [(TF.rotate(image, float(a), **how), TF.rotate(mask, float(a))) if chosen
+             else (image, mask)
              for image, mask, chosen, a in zip(images, foreground, turn, angle)]
     images, foreground = zip(*pairs)
     return torch.stack(images), torch.stack(foreground)

@@ -2,7 +2,7 @@
 
     python predict.py runs/mvtec/cable photos/ --out found/
 
-`inspect` does the same for images in memory. Training is train.py's, thresholds score.py's.
+`inspect` does the same for images in memory. Training is train.py's, thresholds evaluate.py's.
 """
 import argparse
 import dataclasses
@@ -19,11 +19,10 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-import perlin
-from data import InputError, exit_status, list_images, open_image, preprocess, to_rgb
+from data import list_images, open_image, preprocess, scale, to_rgb
+from evaluate import final_maps, image_scores, in_words, network_calls, over_grey, thresholds
 from runs import load_model, make_folder, save_atomically, save_csv
-from score import final_maps, image_scores, in_words, over_grey, thresholds
-from settings import Settings, pick_device
+from settings import InputError, Settings, exit_status, pick_device
 from transfusion import TransFusion
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
@@ -50,7 +49,7 @@ def inspect(model: TransFusion, s: Settings, images: list[np.ndarray],
     """
     device = next(model.parameters()).device
     ready = np.stack([preprocess(Image.fromarray(image), s.resize, s.crop) for image in images])
-    x = perlin.scale(torch.tensor(ready).to(device))
+    x = scale(torch.tensor(ready).to(device))
     found = model.restore(x, infer_steps or s.infer_steps)
     maps = final_maps({name: getattr(found, name)[:, 0].cpu().numpy()
                        for name in ("M_disc", "M_recon", "M_last")}, s)
@@ -139,22 +138,16 @@ def tiff_place(file: Path, name: str) -> str:
     return name + ".tiff"
 
 
-def predict(argv: list[str] | None = None) -> int:
-    """Inspect the images and write what was found. Returns 1 if some could not be read, else 0.
-
-    Raises InputError where nothing can be done at all.
-    """
+@exit_status
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 1 where an image could not be read, 2, 130."""
     flags = parse(argv)
     run = Path(flags.run)
     device = pick_device(flags.device)
     model, s, state = load_model(run / "last.pt" if run.is_dir() else run, device)
     s = dataclasses.replace(s, **{k: getattr(flags, k) for k in ("false_alarms",
                             "pixel_false_alarms", "infer_steps") if getattr(flags, k) is not None})
-    try:
-        steps = len(model.steps(s.infer_steps)) - 1
-    except ValueError as error:
-        raise InputError(f"--infer-steps {s.infer_steps}: {error}")
-    image_threshold, pixel_threshold = say_thresholds(state, s, steps)
+    image_threshold, pixel_threshold = say_thresholds(state, s, network_calls(model, s))
     out = Path(flags.out)
     files = find_images(flags.images, out)
     common = Path(os.path.commonpath([file.parent for file in files]))
@@ -195,7 +188,7 @@ def predict(argv: list[str] | None = None) -> int:
     return 1 if unread else 0
 
 
-def say_thresholds(state: dict, s: Settings, steps: int) -> tuple[float | None, float | None]:
+def say_thresholds(state: dict, s: Settings, calls: int) -> tuple[float | None, float | None]:
     """The two thresholds of a checkpoint's content, printed with what they promise; None without
     any."""
     normal = state.get("normal")
@@ -206,9 +199,9 @@ def say_thresholds(state: dict, s: Settings, steps: int) -> tuple[float | None, 
         return None, None
     image, pixel = thresholds(normal, s)
     print(in_words(image, len(normal["images"])))
-    if steps != normal["infer_steps"]:
+    if calls != normal["infer_steps"]:
         print(f"warning: the threshold belongs to {normal['infer_steps']} network calls, not to "
-              f"{steps}; scores shift a little", file=sys.stderr)
+              f"{calls}; scores shift a little", file=sys.stderr)
     return image.value, pixel.value
 
 
@@ -249,11 +242,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if rate is not None and not 0 <= rate <= 1:
             raise InputError(f"--{name.replace('_', '-')} {rate}: must lie in 0..1")
     return flags
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 where an image could not be read, 2, 130."""
-    return exit_status(lambda: predict(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run reads and keeps: its data, its folder, its files, its checkpoints.
+"""What a run reads and keeps: its data, its model, its folder, its files, its checkpoints.
 
 A file is written whole or not at all; a checkpoint rebuilds its model by itself.
 """
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 import data
-from data import InputError
-from settings import NOT_COMPARED, Settings, build_model, fast_bf16
-from transfusion import TransFusion
+from settings import NOT_COMPARED, InputError, Settings, fast_bf16
+from transfusion import Attention, ResidualBlock, ResUNet, TransFusion
 
 try:
     import fcntl
@@ -65,8 +64,7 @@ def load_source(s: Settings, training: bool = True) -> Source:
     order = np.random.default_rng(s.seed).permutation(len(images))
     foreground, found = torch.ones(len(images), 1, 1, 1, dtype=torch.bool), ""
     if training:
-        foreground, found = data.foreground_masks(images, category.train, s.category, s.foreground,
-                                                  True)
+        foreground, found = data.foreground_masks(images, category, s.foreground, True)
     textures = data.Textures(root, s.crop)
     kept = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
     notes = [f"{len(images) - held} normal images to train on, {held} held out, {len(test)} to "
@@ -82,7 +80,53 @@ def scoring_side(s: Settings) -> int:
 
 
 def steps_per_epoch(s: Settings, source: Source) -> int:
-    return max(1, len(source.train) // s.batch)
+    """The last batch of an epoch is what is left."""
+    return math.ceil(len(source.train) / s.batch)
+
+
+# ---------------------------------------------------------------- the model of a run
+
+def build_model(s: Settings) -> TransFusion:
+    """The model of these settings, seeded, on the CPU. Raises InputError for a T too small."""
+    torch.manual_seed(s.seed)
+    try:
+        model = TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
+                            s.anomaly_target, s.soft_consistency, s.precision == "bf16",
+                            s.recompute)
+    except ValueError as error:
+        raise InputError(f"--T {s.T}: {error}")
+    if s.init == "identity":
+        start_from_identity(model.net)
+    return model
+
+
+@torch.no_grad()
+def start_from_identity(net: ResUNet) -> None:
+    """Initialise so that n_t = x_t and M_t is small everywhere, every residual branch silent.
+
+    Most of an image is normal, so this is most of the answer; from torch's default values
+    hundreds of steps pass before it is learned. The paper says nothing on initialisation.
+
+    Attention starts nearly even, by small weights of q and k. Its input is not normalised and
+    grows: with torch's weights logits reached thousands, and then the gradient exploded.
+    """
+    for module in net.modules():
+        if isinstance(module, (ResidualBlock, Attention)):
+            last = module.conv2 if isinstance(module, ResidualBlock) else module.output
+            last.weight.zero_()
+            last.bias.zero_()
+        if isinstance(module, Attention):                # q and k, of q, k and v
+            module.projection.weight[:2 * module.output.in_features].mul_(0.1)
+    last = net.up[-1].res.shortcut                     # sees [h, the input convolution]
+    skip = last.in_channels - net.image_proj.out_channels
+    for layer, source in ((net.image_proj, 0), (last, skip), (net.normal_head, 0)):
+        layer.weight[:3].zero_()
+        layer.bias[:3].zero_()
+        centre = layer.kernel_size[0] // 2
+        for channel in range(3):
+            layer.weight[channel, source + channel, centre, centre] = 1
+    net.mask_head[2].weight.mul_(0.1)
+    net.mask_head[2].bias.fill_(-2)                    # M_t = 0.12, near the share of M
 
 
 # ---------------------------------------------------------------- files
@@ -245,3 +289,41 @@ def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings,
     model = build_model(s)
     load_state(model, state["ema"] or state["model"], path)
     return model.to(device).eval(), s, state
+
+
+# ---------------------------------------------------------------- the authors' checkpoints
+
+# Our name of a head's parameter -> theirs; the trunk's names are the same, behind "model.".
+AUTHORS_HEADS = {"anomaly_head.0.": "norm.", "anomaly_head.2.": "final.",
+                 "normal_head.": "final_mean.", "mask_head.0.": "final_seg.norm.",
+                 "mask_head.2.": "final_seg.conv."}
+
+
+def authors_name(name: str) -> str:
+    """Name of a ResUNet parameter in a state dict of the authors' format."""
+    for ours, theirs in AUTHORS_HEADS.items():
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+    return "model." + name
+
+
+def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
+    """Copy a state dict in the authors' format into `model` (which the authors' settings built).
+
+    Raises ValueError that names every key missing, left over or of another shape; the model is
+    not touched then.
+    """
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError("the weights are no state dict, names with a tensor each")
+    ours = model.net.state_dict()
+    theirs = {k: v for k, v in state.items() if not k.endswith("inv_freq")}
+    names = {name: authors_name(name) for name in ours}
+    missing = sorted(set(names.values()) - set(theirs))
+    extra = sorted(set(theirs) - set(names.values()))
+    shapes = [f"{k} is {list(theirs[k].shape)}, not {list(ours[name].shape)}"
+              for name, k in names.items() if k in theirs and theirs[k].shape != ours[name].shape]
+    problems = [f"{title}: {', '.join(found)}" for title, found in
+                (("missing", missing), ("not known", extra), ("of another shape", shapes)) if found]
+    if problems:
+        raise ValueError("the weights do not fit the network; " + "; ".join(problems))
+    model.net.load_state_dict({name: theirs[k] for name, k in names.items()})

@@ -1,17 +1,82 @@
 """The settings of a run: one dataclass whose fields are the flags, the presets, the command line.
 
 Defaults are the paper's (section 4.3) where it names a value; a preset changes some, a flag any.
+Here is also what every command has in common: the machine it runs on, and how it ends.
 """
 import argparse
 import dataclasses
+import functools
 import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from data import InputError
-from transfusion import TransFusion
 
+# ---------------------------------------------------------------- what every command has
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that says what, where, and what to do."""
+
+
+def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorates a command: it returns its exit status, 0 if it returns nothing itself, 2 for a
+    user's mistake, which is said in one line, and 130 for Ctrl-C."""
+    @functools.wraps(command)
+    def ended(*args) -> int:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}",
+                                                                       file=sys.stderr)
+                return command(*args) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interrupt:
+            print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+            return 130
+    return ended
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: no such device; cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                         f"devices, counted from 0")
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether this processor multiplies in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def hardware(device: str) -> str:
+    """The processor's name, and on a CPU how many threads compute."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] \
+        if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return f"{found[0] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------- settings and presets
 
 def setting(default, help: str, group: str, choices=None):
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})
@@ -35,9 +100,11 @@ class Settings:
     resize: int = setting(256, "images are resized to this side, in pixels", "training")
     crop: int = setting(224, "then cropped to this centre; follows --resize where the preset crops "
                         "nothing", "training")
-    foreground: str = setting("auto", "where anomalies are put: auto, none or a folder of masks",
-                              "training")
+    foreground: str = setting("auto", "where anomalies are put: auto, none or a folder of masks, "
+                              "DIR/CATEGORY or DIR", "training")
     rotation: float = setting(90.0, "rotation augmentation, degrees to either side", "training")
+    authors_rotation: bool = setting(False, "turned by nearest neighbour on grey, not linearly on "
+                                     "black", "training")
     light: float = setting(0.0, "light augmentation, not in the paper: the brightness of every "
                            "image times 1 - LIGHT to 1 + LIGHT", "training")
     channels: int = setting(64, "width of the network at full resolution", "training")
@@ -57,7 +124,7 @@ class Settings:
     clip: float = setting(0.0, "bound on the gradient's norm; 0 for none", "training")
     ema: float = setting(0.0, "decay of the weights' average, which is scored; 0 for none",
                          "training")
-    precision: str = setting("auto", "of the network; auto: bf16 where it is fast", "training",
+    precision: str = setting("float32", "of the network; auto: bf16 where it is fast", "training",
                              ("auto", "bf16", "float32"))
     recompute: bool = setting(False, "less memory in training, for a third more time", "training")
     compile: bool = setting(False, "compile the network: minutes to start, a tenth faster after "
@@ -81,7 +148,8 @@ class Settings:
                                "scoring")
     lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
     kernel: int = setting(7, "side of Eq. 10's mean filter, pixels", "scoring")
-    final_mask: str = setting("combined", "which map is scored", "scoring",
+    final_mask: str = setting("combined", "which map is scored; last: M_1, in all steps unless "
+                              "--infer-steps says otherwise", "scoring",
                               ("combined", "disc", "recon", "last"))
     false_alarms: float = setting(0.05, "false-alarm rate the threshold aims at", "scoring")
     pixel_false_alarms: float = setting(0.001, "share of normal pixels the pixel threshold lets "
@@ -91,14 +159,14 @@ class Settings:
 
 PRESETS = {
     "paper": {},
-    "authors": dict(crop=256, rotation=20.0, pe="row", authors_schedule=True,
+    "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
     "cpu": dict(resize=96, crop=96, channels=16, init="identity", steps=4400, lr=1e-3,
                 attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
-                hold_out=0.1, checkpoint_every=200, infer_steps=3),
+                precision="auto", hold_out=0.1, checkpoint_every=200, infer_steps=3),
     "quick": dict(resize=80, crop=80, rotation=10.0, channels=16, batch=4, init="identity",
                   steps=1200, lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0,
-                  ema=0.99, hold_out=0.1, checkpoint_every=200),
+                  ema=0.99, precision="auto", hold_out=0.1, checkpoint_every=200),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
 NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every",
@@ -107,13 +175,11 @@ SCORING = [f.name for f in dataclasses.fields(Settings)
            if f.metadata["group"] == "scoring" and f.name != "eval_batch"]
 
 
-def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """Settings of the command line, and the flags that say what to do with them.
-
-    Raises InputError; argparse's own errors exit with status 2.
-    """
+def command_line() -> argparse.ArgumentParser:
+    """The flags: a field of Settings each, and what to do with them."""
     presets = "\n".join(f"  {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items())
-                                         or "the values above") for name, changes in PRESETS.items())
+                                         or "the values above")
+                        for name, changes in PRESETS.items())
     parser = argparse.ArgumentParser(
         description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
         epilog=f"presets, where they differ from these defaults, which are the paper's:\n{presets}",
@@ -141,9 +207,19 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
                       help="go on with the run where its last checkpoint stands")
     does.add_argument("--weights", default="", metavar="FILE",
                       help="start from a state dict in the authors' format")
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+    """Settings of the command line, and the flags that say what to do with them.
+
+    Raises InputError; argparse's own errors exit with status 2.
+    """
+    given = vars(command_line().parse_args(argv))
     flags = argparse.Namespace(**{k: given.pop(k)
                                   for k in ("eval", "eval_every", "resume", "weights")})
+    if given.get("final_mask") == "last":
+        given.setdefault("infer_steps", 0)                # M_1 is the last of all steps alone
     flags.given = set(given)
     device = pick_device(given.get("device", "auto"))
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
@@ -161,26 +237,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         settings = dataclasses.replace(settings,
                                        precision="bf16" if fast_bf16(device) else "float32")
     check(settings)
-    if not flags.eval or flags.weights:                   # --eval takes the run's own schedule
-        check_steps(settings)
     return settings, flags
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: no such device; cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
-                         f"devices, counted from 0")
-    return device
 
 
 def default_preset(name: str, device: torch.device) -> str:
@@ -218,29 +275,3 @@ def check(s: Settings) -> None:
         raise InputError(f"--kernel {s.kernel}: must be odd and positive")
     if set(s.drop_loss) - set("nmac") or len(set(s.drop_loss)) == 4:
         raise InputError(f"--drop-loss {s.drop_loss}: up to three letters of nmac")
-
-
-def check_steps(s: Settings) -> None:
-    """Refuse a number of inference steps that the schedule does not have. Raises InputError."""
-    try:
-        build_model(dataclasses.replace(s, channels=8)).steps(s.infer_steps)
-    except ValueError as error:
-        raise InputError(f"--T {s.T} --infer-steps {s.infer_steps}: {error}")
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether this processor multiplies in bfloat16 faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
-def build_model(s: Settings) -> TransFusion:
-    """The model of these settings, seeded, on the CPU."""
-    torch.manual_seed(s.seed)
-    model = TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
-                        s.anomaly_target, s.soft_consistency, s.precision == "bf16", s.recompute)
-    if s.init == "identity":
-        model.net.start_from_identity()
-    return model

@@ -3,8 +3,9 @@
     python train.py                                     the embedded demo data
     python train.py --data mvtec --category cable       the paper
 
-The loop and the commands. The equations are in transfusion.py, the synthetic anomalies in perlin.py,
-the flags and presets in settings.py, what is read and kept in runs.py, evaluation in score.py.
+First the loop, then what it calls, then the commands. The equations are in transfusion.py, the
+synthetic anomalies in perlin.py, the flags and presets in settings.py, what is read and kept in
+runs.py, what is scored in evaluate.py.
 """
 import argparse
 import copy
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -27,42 +28,91 @@ from tqdm import tqdm
 import data
 import demo
 import perlin
-from data import InputError, exit_status
-from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, load_source, load_state,
-                  load_torch, locked, read_json, refuse_other_run, run_folder, save_checkpoint,
-                  save_csv, save_json, steps_per_epoch)
-from score import in_words, normal_scores, score, thresholds, write_results
-from settings import NOT_COMPARED, SCORING, Settings, build_model, check, check_steps, parse
-from transfusion import TransFusion, load_authors_weights
-
+from evaluate import in_words, network_calls, normal_scores, score, thresholds, write_results
+from runs import (Source, add_to_checkpoint, build_model, load_authors_weights, load_checkpoint,
+                  load_model, load_source, load_state, load_torch, locked, read_json,
+                  refuse_other_run, run_folder, save_checkpoint, save_csv, save_json,
+                  steps_per_epoch)
+from settings import NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse
+from transfusion import TransFusion
 
 # torchrun sets these: which of several processes this is. Rank 0 alone prints and writes.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-# ---------------------------------------------------------------- training
+def train(model: TransFusion, s: Settings, source: Source, folder: Path,
+          state: dict | None = None, eval_every: int = 0) -> tuple[TransFusion, dict]:
+    """Train to the last step, from the start or from `state`, a checkpoint's content.
+
+    Returns the model to score, averaged where the settings say so, and the progress record.
+    """
+    device, per_epoch = torch.device(s.device), steps_per_epoch(s, source)
+    steps = s.steps or s.epochs * per_epoch
+    optimizer, average = make_optimizer(model, s), make_average(model, s)
+    progress = resume(state, model, optimizer, average, folder)
+    announce(model, s, source, steps - progress["step"])
+    if s.compile:
+        model.net.compile()
+    losses_of = share_among_ranks(model, s)
+    start = time.perf_counter() - progress["seconds"]
+    with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
+                                              desc=s.category, unit="step", mininterval=0.5) as bar:
+        for step in range(progress["step"], steps):
+            rate = learning_rate(s, step, steps, per_epoch)
+            batch = make_batch(s, source, model.last_step, step, device)
+            losses = losses_of(*batch, drop=s.drop_loss)                   # Eq. 2, 3 and 5-9
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            if s.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            optimizer.step()
+            if average:
+                average.update_parameters(model)
+
+            count_step(progress, mean_over_ranks(losses), time.perf_counter() - start)
+            bar.update()
+            at_end = step + 1 == steps
+            if (step + 1) % per_epoch == 0 or at_end:
+                close_epoch(progress, per_epoch, rate, bar)
+                score_epoch(average.module if average else model, s, source, folder, progress,
+                            eval_every)
+            asked_to_stop = any_rank(interruption.asked, device)
+            if asked_to_stop or at_end or (step + 1) % s.checkpoint_every == 0:
+                save_progress(folder, s, model, average, optimizer, progress)
+            if asked_to_stop and not at_end:
+                raise KeyboardInterrupt(f"stopped at step {step + 1} of {steps}; the same command "
+                                        f"with --resume goes on from there")
+    return (average.module if average else model), progress
+
+
+# ---------------------------------------------------------------- a step
 
 def make_batch(s: Settings, source: Source, last_step: int, step: int, device: torch.device):
     """Training batch number `step`: x, eps, M, M_a, t for `TransFusion.losses`.
 
     Depends on nothing but the settings, the data and the number, so a run that is resumed, or one
-    on another device, sees the same batches. Of several ranks each takes every RANKS-th sample,
-    half of them anomalous as in the whole.
+    on another device, sees the same batches. Fewer images than a batch are repeated to one. Of
+    several ranks each takes every RANKS-th sample, half of them anomalous as in the whole; an
+    epoch's last batch is filled up for that.
     """
     rng = np.random.default_rng([s.seed, step])
-    per_epoch = steps_per_epoch(s, source)
-    epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([s.seed, 1 << 32, epoch]).permutation(source.train)
-    chosen = np.resize(order, per_epoch * s.batch)[place * s.batch:(place + 1) * s.batch].tolist()
+    epoch, place = divmod(step, steps_per_epoch(s, source))
+    shuffled = np.random.default_rng([s.seed, 1 << 32, epoch]).permutation(source.train)
+    shuffled = np.resize(shuffled, max(len(shuffled), s.batch))
+    chosen = shuffled[place * s.batch:(place + 1) * s.batch]
+    if RANKS > 1:
+        chosen = np.resize(chosen, len(chosen) + -len(chosen) % (2 * RANKS))
     images, foreground = perlin.rotate_batch(source.images[chosen].to(device),
                                              source.foreground[chosen].to(device, torch.float32),
-                                             s.rotation, rng)
+                                             s.rotation, rng, s.authors_rotation)
     if s.light:
         images = perlin.change_light(images, s.light, rng)
-    t = torch.tensor(rng.integers(1, last_step + 1, s.batch).tolist(), device=device)
-    textures = source.textures.draw((s.batch + 1) // 2, rng).to(device)
+    t = torch.from_numpy(rng.integers(1, last_step + 1, len(chosen))).to(device)
+    textures = source.textures.draw((len(chosen) + 1) // 2, rng).to(device)
     made = perlin.synthesize(images, foreground, textures, t == last_step, rng)
-    batch = perlin.scale(images), made.eps, made.M, made.M_a, t
+    batch = data.scale(images), data.scale(made.A) * made.M, made.M, made.M_a, t
     return tuple(part[RANK::RANKS] for part in batch)
 
 
@@ -74,57 +124,8 @@ def learning_rate(s: Settings, step: int, steps: int, per_epoch: int) -> float:
     return rate * (0.1 if step // per_epoch >= s.lr_drop else 1.0)
 
 
-class TrainingPass(torch.nn.Module):
-    """`TransFusion.losses` as a forward pass, which is what DistributedDataParallel can wrap."""
-
-    def __init__(self, model: TransFusion, drop: str):
-        super().__init__()
-        self.model, self.drop = model, drop
-
-    def forward(self, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.model.losses(*batch, drop=self.drop)
-
-
-def training_pass(model: TransFusion, s: Settings) -> torch.nn.Module:
-    """The losses of a batch as a module, its gradients averaged over the ranks if there are some."""
-    if RANKS == 1:
-        return TrainingPass(model, s.drop_loss)
-    return DistributedDataParallel(TrainingPass(model, s.drop_loss),
-                                   find_unused_parameters=bool(s.drop_loss))
-
-
-def train_step(losses_of: torch.nn.Module, ema, optimizer, batch, s: Settings,
-               rate: float) -> dict[str, float]:
-    """One optimiser step; returns the losses by name."""
-    losses = losses_of(*batch)
-    optimizer.zero_grad()
-    losses["loss"].backward()
-    if s.clip:
-        torch.nn.utils.clip_grad_norm_(losses_of.parameters(), s.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-    optimizer.step()
-    if ema:
-        ema.update_parameters(getattr(losses_of, "module", losses_of).model)
-    return dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-
-
-def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    if RANKS == 1:
-        return values
-    total = torch.tensor(values, device=device)
-    distributed.all_reduce(total)
-    return (total / RANKS).tolist()
-
-
-def check_finite(losses: dict[str, float]) -> None:
-    if not math.isfinite(losses["loss"]):
-        raise InputError(f"the loss is not finite ({losses}); start again under another --name "
-                         f"with half the --lr, --clip 1 or --precision float32")
-
-
-def make_optimizer(model: TransFusion, s: Settings):
-    """AdamW (section 4.3), and the averaged copy of the model where the settings want one.
+def make_optimizer(model: TransFusion, s: Settings) -> torch.optim.AdamW:
+    """AdamW (section 4.3).
 
     The attention layers can have a learning rate of their own: nothing normalises their input, so
     at rates far above the paper's their logits grow past 1e8 within 200 steps and end in NaN.
@@ -132,23 +133,108 @@ def make_optimizer(model: TransFusion, s: Settings):
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[".attn." in name].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": groups[False], "factor": 1.0},
-                                   {"params": groups[True], "factor": s.attention_lr}],
-                                  s.lr, weight_decay=s.weight_decay, fused=True)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(s.ema)) if s.ema else None
-    return optimizer, ema
+    return torch.optim.AdamW([{"params": groups[False], "factor": 1.0},
+                              {"params": groups[True], "factor": s.attention_lr}],
+                             s.lr, weight_decay=s.weight_decay, fused=True)
 
 
-def seconds_per_step(model: TransFusion, s: Settings, source: Source, device) -> float:
-    """Measured on three steps of a throw-away copy, the first of them not counted."""
-    model = copy.deepcopy(model)
-    optimizer, ema = make_optimizer(model, s)
-    for step in range(3):
-        if step == 1:
-            start = time.perf_counter()
-        batch = make_batch(s, source, model.last_step, step, device)
-        train_step(TrainingPass(model, s.drop_loss), ema, optimizer, batch, s, 0.0)
-    return (time.perf_counter() - start) / 2
+def make_average(model: TransFusion, s: Settings) -> AveragedModel | None:
+    """The averaged copy of the model, where the settings want one."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(s.ema)) if s.ema else None
+
+
+# ---------------------------------------------------------------- several processes
+
+def share_among_ranks(model: TransFusion, s: Settings) -> torch.nn.Module:
+    """What gives the losses of a batch: the model, its gradients averaged over ranks if any."""
+    return model if RANKS == 1 else DistributedDataParallel(
+        model, find_unused_parameters=bool(s.drop_loss))
+
+
+def mean_over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
+    values = torch.stack([loss.detach() for loss in losses.values()])
+    if RANKS > 1:
+        distributed.all_reduce(values)
+    return dict(zip(losses, (values / RANKS).tolist()))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on this rank or another."""
+    if RANKS == 1:
+        return flag
+    up = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(up)
+    return bool(up)
+
+
+def join_ranks(s: Settings) -> Settings:
+    """Meet the other processes that torchrun started, each on a device of its own.
+
+    Raises InputError for a batch that the ranks cannot share evenly, half of it anomalous.
+    """
+    if s.batch % (2 * RANKS):
+        raise InputError(f"--batch {s.batch}: {RANKS} processes share it evenly, half of it "
+                         f"anomalous, only if it is a multiple of {2 * RANKS}")
+    on_gpu = s.device.startswith("cuda")
+    if on_gpu:
+        s = dataclasses.replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(s.device)
+    if not distributed.is_initialized():                   # ranks wait while rank 0 scores
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=12))
+    return s
+
+
+# ---------------------------------------------------------------- the progress of a run
+
+def resume(state: dict | None, model: TransFusion, optimizer, average, folder: Path) -> dict:
+    """The progress record: new, or a checkpoint's, whose weights and moments are put in place."""
+    if not state:
+        return {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
+    load_state(model, state["model"], folder / "last.pt")
+    optimizer.load_state_dict(state["optimizer"])
+    if average:
+        average.module.load_state_dict(state["ema"])
+        average.n_averaged.fill_(state["step"])
+    return {k: state[k] for k in ("step", "seconds", "sums", "log", "eval")}
+
+
+def count_step(progress: dict, losses: dict[str, float], seconds: float) -> None:
+    """Add a step's losses to the epoch's sums. Raises InputError where they are not finite."""
+    if not math.isfinite(losses["loss"]):
+        raise InputError(f"the loss is not finite ({losses}); start again under another --name "
+                         f"with half the --lr, --clip 1 or --precision float32")
+    sums = progress["sums"]
+    progress.update(step=progress["step"] + 1, seconds=seconds,
+                    sums={k: sums.get(k, 0.0) + v for k, v in losses.items()})
+
+
+def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
+    """Turn the sums into a row of the log: the epoch's mean losses."""
+    done = (progress["step"] - 1) % per_epoch + 1
+    means = {k: v / done for k, v in progress["sums"].items()}
+    progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
+                            "step": progress["step"], **means, "lr": rate,
+                            "seconds": round(progress["seconds"], 1)})
+    progress["sums"] = {}
+    bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()})
+
+
+def score_epoch(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict,
+                eval_every: int) -> None:
+    """--eval-every: score the test set where the epoch is due."""
+    epoch = progress["log"][-1]["epoch"]
+    if RANK == 0 and eval_every and epoch % eval_every == 0:
+        found, *_ = score(model, s, source)
+        model.train()
+        progress["eval"].append({"epoch": epoch, "step": progress["step"], **found})
+        save_csv(folder / "eval.csv", progress["eval"])
+
+
+def save_progress(folder: Path, s: Settings, model, average, optimizer, progress: dict) -> None:
+    if RANK == 0:
+        if progress["log"]:
+            save_csv(folder / "log.csv", progress["log"])
+        save_checkpoint(folder / "last.pt", s, model, average, optimizer, progress)
 
 
 class Interruption:
@@ -169,91 +255,32 @@ class Interruption:
             signal.signal(number, handler)
 
 
-def train(model: TransFusion, s: Settings, source: Source, folder: Path, state: dict | None,
-          eval_every: int = 0) -> tuple[TransFusion, dict]:
-    """Train to the last step from `state` (a checkpoint's content) or from the start.
-
-    Returns the model to score, averaged where the settings say so, and the progress record.
-    """
-    device = torch.device(s.device)
-    per_epoch = steps_per_epoch(s, source)
-    steps = s.steps or s.epochs * per_epoch
-    optimizer, ema = make_optimizer(model, s)
-    progress = {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
-    if state:
-        load_state(model, state["model"], folder / "last.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.module.load_state_dict(state["ema"])
-            ema.n_averaged.fill_(state["step"])
-        progress = {k: state[k] for k in progress}
-    seconds = seconds_per_step(model, s, source, device)       # on every rank: BatchNorm may sync
-    if RANK == 0:
-        announce(model, s, source, steps - progress["step"], per_epoch, seconds)
-    if s.compile:
-        model.net.compile()
-    losses_of = training_pass(model, s)
-
-    def checkpoint():
-        if RANK:
-            return
-        if progress["log"]:
-            save_csv(folder / "log.csv", progress["log"])
-        save_checkpoint(folder / "last.pt", s, model, ema, optimizer, progress)
-
-    start = time.perf_counter() - progress["seconds"]
-    with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
-                                              desc=s.category, unit="step", mininterval=0.5) as bar:
-        while progress["step"] < steps:
-            step = progress["step"]
-            rate = learning_rate(s, step, steps, per_epoch)
-            batch = make_batch(s, source, model.last_step, step, device)
-            losses = train_step(losses_of, ema, optimizer, batch, s, rate)
-            *means, asked = mean_over_ranks([*losses.values(), float(interruption.asked)], device)
-            losses = dict(zip(losses, means))
-            check_finite(losses)
-            sums = progress["sums"]
-            progress["sums"] = {k: sums.get(k, 0.0) + v for k, v in losses.items()}
-            progress.update(step=step + 1, seconds=time.perf_counter() - start)
-            bar.update()
-            if (step + 1) % per_epoch == 0 or step + 1 == steps:
-                close_epoch(progress, per_epoch, rate)
-                row = progress["log"][-1]
-                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "n", "m", "a", "c")})
-                if RANK == 0 and eval_every and row["epoch"] % eval_every == 0:
-                    scored = ema.module if ema else model
-                    found, *_ = score(scored, s, source)
-                    model.train()
-                    progress["eval"].append({"epoch": row["epoch"], "step": step + 1, **found})
-                    save_csv(folder / "eval.csv", progress["eval"])
-            if asked or (step + 1) % s.checkpoint_every == 0 or step + 1 == steps:
-                checkpoint()
-            if asked and step + 1 < steps:
-                raise KeyboardInterrupt(f"stopped at step {step + 1} of {steps}; the same command "
-                                        f"with --resume goes on from there")
-    return (ema.module if ema else model), progress
-
-
-def close_epoch(progress: dict, per_epoch: int, rate: float) -> None:
-    done = (progress["step"] - 1) % per_epoch + 1
-    progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
-                            "step": progress["step"],
-                            **{k: v / done for k, v in progress["sums"].items()},
-                            "lr": rate, "seconds": round(progress["seconds"], 1)})
-    progress["sums"] = {}
-
-
-def announce(model, s: Settings, source: Source, steps: int, per_epoch: int,
-             seconds: float) -> None:
-    """Say what will run; seconds: measured time of a step."""
+def announce(model: TransFusion, s: Settings, source: Source, steps: int) -> None:
+    """Say what will run, and how long by the measured time of a step."""
+    seconds = seconds_per_step(model, s, source)               # on every rank: BatchNorm may sync
+    if RANK:
+        return
     for note in source.notes:
         print(f"  {note}")
     if not len(source.held_out):
         print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"  {s.preset} preset: {steps} steps of {s.batch} images at {s.crop} px "
-          f"({steps / per_epoch:.0f} epochs), {parameters / 1e6:.1f} M parameters, {s.device}, "
-          f"{s.precision}: about {duration(steps * seconds)}", flush=True)
+          f"({steps / steps_per_epoch(s, source):.0f} epochs), {parameters / 1e6:.1f} M "
+          f"parameters, {s.device}, {s.precision}: about {duration(steps * seconds)}", flush=True)
+
+
+def seconds_per_step(model: TransFusion, s: Settings, source: Source) -> float:
+    """Measured on three steps of a throw-away copy, the first of them not counted."""
+    model, device = copy.deepcopy(model), torch.device(s.device)
+    optimizer = make_optimizer(model, s)
+    for step in range(3):
+        if step == 1:
+            start = time.perf_counter()
+        batch = make_batch(s, source, model.last_step, step, device)
+        model.losses(*batch, drop=s.drop_loss)["loss"].backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / 2
 
 
 def duration(seconds: float) -> str:
@@ -265,7 +292,7 @@ def duration(seconds: float) -> str:
 
 # ---------------------------------------------------------------- commands
 
-def run(s: Settings, flags: argparse.Namespace) -> dict:
+def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     """Train and score one category, or skip it where that is done. Returns its metrics."""
     folder = run_folder(s)
     checkpoint, state = folder / "last.pt", None
@@ -283,24 +310,22 @@ def run(s: Settings, flags: argparse.Namespace) -> dict:
 
     print(f"{s.data} {s.category} -> {folder}")
     model = start_model(s, flags.weights)
+    network_calls(model, s)                                # refused now, not after the training
     source = load_source(s)
     if flags.eval_every and not source.test:
         raise InputError(f"--eval-every {flags.eval_every}: {source.category.root} has no test "
                          f"images to score")
     with locked(folder):
-        return train_and_score(model, s, source, folder, state, flags.eval_every)
+        if RANK == 0:
+            save_json(folder / "config.json", dataclasses.asdict(s))
+        model, progress = train(model, s, source, folder, state, flags.eval_every)
+        return {"category": s.category} if RANK else finish(model, s, source, folder, progress)
 
 
-def train_and_score(model: TransFusion, s: Settings, source: Source, folder: Path,
-                    state: dict | None, eval_every: int) -> dict:
-    checkpoint = folder / "last.pt"
-    if RANK == 0:
-        save_json(folder / "config.json", dataclasses.asdict(s))
-    scored, progress = train(model, s, source, folder, state, eval_every)
-    if RANK:
-        return {"category": s.category}
-    normal = normal_scores(scored, s, source)
-    add_to_checkpoint(checkpoint, normal=normal)
+def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict) -> dict:
+    """Give a trained model its thresholds and score it, as far as there are images for that."""
+    normal = normal_scores(model, s, source)
+    add_to_checkpoint(folder / "last.pt", normal=normal)
     if normal:
         print(f"  {in_words(thresholds(normal, s)[0], len(normal['images']))}")
     if not source.test:
@@ -309,7 +334,7 @@ def train_and_score(model: TransFusion, s: Settings, source: Source, folder: Pat
                  "threshold": thresholds(normal, s)[0].value if normal else None}
         save_json(folder / "metrics.json", found)
         return found
-    found = write_results(folder, scored, s, source, progress, normal)
+    found = write_results(folder, model, s, source, progress, normal)
     if normal and not math.isnan(found["image_f1max"]):
         print(f"  at that threshold the test set's F1 is {100 * found['image_f1']:.1f} %; the best "
               f"threshold for this very test set would give {100 * found['image_f1max']:.1f} %")
@@ -332,7 +357,7 @@ def start_model(s: Settings, weights: str) -> TransFusion:
     return model.to(s.device, memory_format=layout)
 
 
-def evaluate(s: Settings, flags: argparse.Namespace) -> dict:
+def score_again(s: Settings, flags: argparse.Namespace) -> dict:
     """--eval: score the model of a run folder, or of --weights, with this command's scoring."""
     folder = run_folder(s)
     if RANKS > 1:
@@ -354,12 +379,12 @@ def evaluate(s: Settings, flags: argparse.Namespace) -> dict:
                                    device=s.device, memory_gb=s.memory_gb,
                                    eval_batch=s.eval_batch)
         check(used)
-        check_steps(used)
         suffix = "".join(f"-{k}{getattr(used, k)}" for k in SCORING
                          if getattr(used, k) != getattr(trained, k))
         if "normal" not in progress:                   # written when the training is over
             suffix = f"-step{progress['step']}{suffix}"
         s = used
+    network_calls(model, s)
     source = load_source(s, training=False)
     if not source.test:
         raise InputError(f"{source.category.root}: no test images to score")
@@ -395,34 +420,11 @@ def print_table(rows: list[dict]) -> None:
               + "".join(f"{cell(np.mean(v) if v else None):>13}" for v in means.values()))
 
 
-def join_ranks(s: Settings) -> Settings:
-    """Meet the other processes that torchrun started, each on a device of its own.
+def find_categories(s: Settings) -> tuple[Settings, list[str]]:
+    """The categories asked for, where they are found; the demo's are drawn first.
 
-    Raises InputError for a batch that the ranks cannot share evenly, half of it anomalous.
+    Raises InputError where there are none, or where several are to share one folder of masks.
     """
-    if s.batch % (2 * RANKS):
-        raise InputError(f"--batch {s.batch}: {RANKS} processes share it evenly, half of it "
-                         f"anomalous, only if it is a multiple of {2 * RANKS}")
-    on_gpu = s.device.startswith("cuda")
-    if on_gpu:
-        s = dataclasses.replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(s.device)
-    if not distributed.is_initialized():                   # ranks wait while rank 0 scores
-        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=12))
-    return s
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    return exit_status(lambda: command(*parse(argv)))
-
-
-def command(s: Settings, flags: argparse.Namespace) -> None:
-    """Train or score the category asked for, or all of them, and print the table."""
-    if RANKS > 1:
-        s = join_ranks(s)
     if s.data == "demo":
         s = dataclasses.replace(s, root=s.root or "data")
         if RANK == 0:
@@ -432,12 +434,29 @@ def command(s: Settings, flags: argparse.Namespace) -> None:
     known = data.list_categories(s.data, data.root_folder(s.root))
     if not s.category:
         raise InputError(f"--category: one of {', '.join(known)}, or all")
-    names = known if s.category == "all" else [s.category]
-    work = evaluate if flags.eval else run
-    rows = [work(dataclasses.replace(s, category=name), flags) for name in names]
-    print_table(rows)
-    print("\nresults are in "
-          + ", ".join(str(run_folder(dataclasses.replace(s, category=name))) for name in names))
+    if s.category != "all":
+        return s, [s.category]
+    lacking = [name for name in known if not data.is_texture(s.data, name)
+               and not (Path(s.foreground) / name).is_dir()]
+    if s.foreground not in ("auto", "none") and lacking:
+        raise InputError(f"--foreground {s.foreground}: no folder {lacking[0]} in it (nor for "
+                         f"{len(lacking) - 1} more categories); of all categories each has its own")
+    return s, known
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    s, flags = parse(argv)
+    if RANKS > 1:
+        s = join_ranks(s)
+    s, names = find_categories(s)
+    each = [dataclasses.replace(s, category=name) for name in names]
+    print_table([score_again(one, flags) if flags.eval else train_category(one, flags)
+                 for one in each])
+    print("\nresults are in " + ", ".join(str(run_folder(one)) for one in each))
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ def forward_process(n_t: Tensor, eps_t: Tensor, M_t: Tensor, beta_t: float | Ten
 
 
 def reverse_step(x_t: Tensor, M_t: Tensor, eps_t: Tensor, n_t: Tensor,
-                 beta_t: float | Tensor, beta_s: float | Tensor) -> Tensor:
-    """Eq. 4: x_s = x_t - (beta_t - beta_s) (M_t * eps_t) + (beta_t - beta_s) (M_t * n_t).
+                 beta_t: float | Tensor, beta_prev: float | Tensor) -> Tensor:
+    """Eq. 4: x_{t-1} = x_t - d_beta (M_t * eps_t) + d_beta (M_t * n_t), d_beta = beta_t - beta_{t-1}.
 
-    The paper writes s = t - 1; the step holds for any beta_s < beta_t. x_t, eps_t, n_t:
-    [B, 3, H, W]; M_t: [B, 1, H, W]; betas: numbers or [B, 1, 1, 1]. Returns x_s [B, 3, H, W].
+    It holds for a longer step, too: beta_prev is that of the step gone to. x_t, eps_t, n_t:
+    [B, 3, H, W]; M_t: [B, 1, H, W]; betas: numbers or [B, 1, 1, 1]. Returns [B, 3, H, W].
     """
-    d_beta = beta_t - beta_s
+    d_beta = beta_t - beta_prev
     return x_t - d_beta * (M_t * eps_t) + d_beta * (M_t * n_t)
 
 
@@ -199,11 +199,10 @@ class ResUNet(nn.Module):
     anomaly head has a GroupNorm and a SiLU before its convolution, as in the authors' network (in
     the paper it is the convolution alone).
 
-    channels: a multiple of 8.
-
-    pe: a key of PE_CHANNELS; guide: whether the network sees the previous mask estimate
-    (Table 4's ablations take either channel out of it). recompute: in training, keep only the
-    blocks' inputs and compute the rest again in the backward pass: less memory, a third more time.
+    channels: a multiple of 8. pe: a key of PE_CHANNELS; guide: whether the network sees the
+    previous mask estimate (Table 4's ablations take either out of it). recompute: in training,
+    keep only the blocks' inputs and compute the rest again in the backward pass: less memory, a
+    third more time.
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
@@ -242,35 +241,7 @@ class ResUNet(nn.Module):
         self.normal_head = conv(3)
         self.mask_head = nn.Sequential(nn.BatchNorm2d(c), nn.SiLU(), conv(1))
 
-    @torch.no_grad()
-    def start_from_identity(self) -> None:
-        """Initialise so that n_t = x_t and M_t is small everywhere, every residual branch silent.
-
-        Most of an image is normal, so this is most of the answer; from torch's default values
-        hundreds of steps pass before it is learned. The paper says nothing on initialisation.
-
-        Attention starts nearly even, by small weights of q and k. Its input is not normalised and
-        grows: with torch's weights logits reached thousands, and then the gradient exploded.
-        """
-        for module in self.modules():
-            if isinstance(module, (ResidualBlock, Attention)):
-                last = module.conv2 if isinstance(module, ResidualBlock) else module.output
-                last.weight.zero_()
-                last.bias.zero_()
-            if isinstance(module, Attention):                # q and k, of q, k and v
-                module.projection.weight[:2 * module.output.in_features].mul_(0.1)
-        last = self.up[-1].res.shortcut                     # sees [h, the input convolution]
-        skip = last.in_channels - self.image_proj.out_channels
-        for layer, source in ((self.image_proj, 0), (last, skip), (self.normal_head, 0)):
-            layer.weight[:3].zero_()
-            layer.bias[:3].zero_()
-            centre = layer.kernel_size[0] // 2
-            for channel in range(3):
-                layer.weight[channel, source + channel, centre, centre] = 1
-        self.mask_head[2].weight.mul_(0.1)
-        self.mask_head[2].bias.fill_(-2)                    # M_t = 0.12, near the share of M
-
-    def call(self, layer: nn.Module, h: Tensor, time: Tensor) -> Tensor:
+    def output_of(self, layer: nn.Module, h: Tensor, time: Tensor) -> Tensor:
         if self.recompute and self.training:
             return checkpoint(layer, h, time, use_reentrant=False)
         return layer(h, time)
@@ -278,9 +249,9 @@ class ResUNet(nn.Module):
     def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t [B, 3, H, W] in [-1, 1]; M_a [B, 1, H, W] in {0, 1}; t [B] integer steps.
 
-        H and W must be multiples of 8. Returns eps_t (beta_t eps_t where the model's anomaly_target
-        says so) and n_t, [B, 3, H, W] around [-1, 1], and the logit of M_t, [B, 1, H, W], all in
-        float32 whatever autocast is on.
+        H and W must be multiples of 8. Returns the three heads: eps_t (in the authors' reading
+        beta_t eps_t) and n_t, [B, 3, H, W] around [-1, 1], and the logit of M_t, [B, 1, H, W], all
+        in float32 whatever autocast is on.
         """
         B, _, H, W = x_t.shape
         inputs = [x_t]
@@ -292,135 +263,16 @@ class ResUNet(nn.Module):
         time = self.time_emb(t)
         skips = [h]
         for layer in self.down:
-            h = self.call(layer, h, time)
+            h = self.output_of(layer, h, time)
             skips.append(h)
-        h = self.call(self.middle, h, time)
+        h = self.output_of(self.middle, h, time)
         for layer in self.up:
             h = h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], 1)
-            h = self.call(layer, h, time)
+            h = self.output_of(layer, h, time)
         return self.anomaly_head(h).float(), self.normal_head(h).float(), self.mask_head(h).float()
 
 
-class TransFusion(nn.Module):
-    """The network with its transparency schedule, and the few readings the paper leaves open.
-
-    T, schedule: section 4.3 and Table 4. authors_schedule: T values instead of T + 1, and the
-    restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
-    head predicts, "eps" (Eq. 7) or "beta_eps", beta_t * eps. soft_consistency: Eq. 8 uses the
-    predicted M_t with its gradient; if false, M_t > 0.5. bf16: run the network, not the losses,
-    under bfloat16 autocast. recompute: see ResUNet. Buffer `beta`: [last step + 1] float32.
-    """
-
-    def __init__(self, channels: int = 64, T: int = 20, schedule: str = "linear", pe: str = "2d",
-                 guide: bool = True, authors_schedule: bool = False, anomaly_target: str = "eps",
-                 soft_consistency: bool = True, bf16: bool = False, recompute: bool = False):
-        super().__init__()
-        self.net = ResUNet(channels, pe, guide, recompute)
-        self.bf16 = bf16
-        self.register_buffer("beta", transparency_schedule(T, schedule, authors_schedule), False)
-        self.authors_schedule, self.anomaly_target = authors_schedule, anomaly_target
-        self.soft_consistency = soft_consistency
-
-    @property
-    def last_step(self) -> int:
-        """The step of the opaque anomaly: T, or T - 1 in the authors' schedule."""
-        return len(self.beta) - 1
-
-    @property
-    def first_restoration_step(self) -> int:
-        """The step at which the restoration starts: T, or T - 2 in the authors' code."""
-        return self.last_step - self.authors_schedule
-
-    def forward(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's three heads, as they are; see ResUNet.forward."""
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.net(x_t, M_a, t)
-
-    def predict(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """eps_t, n_t and M_t's logit for steps t [B] from 1 on, the anomaly head undone to eps."""
-        eps_t, n_t, logit = self(x_t, M_a, t)
-        if self.anomaly_target == "beta_eps":
-            eps_t = eps_t / self.beta[t][:, None, None, None]
-        return eps_t, n_t, logit
-
-    # ------------------------------------------------------------ training
-
-    def losses(self, x: Tensor, eps: Tensor, M: Tensor, M_a: Tensor, t: Tensor,
-               drop: str = "") -> dict[str, Tensor]:
-        """One training pass: the loss of Eq. 9 and each of its terms, by name.
-
-        x, eps: [B, 3, H, W] normal and anomaly appearance, eps zero outside M; M, M_a:
-        [B, 1, H, W] in {0, 1}; t: [B] integers in 1..last_step. `drop`: letters of the terms left
-        out of the sum (Table 4), of "nmac". Returns {"loss", "n", "m", "a", "c"}, each a scalar.
-        """
-        beta_t, beta_s = self.beta[t][:, None, None, None], self.beta[t - 1][:, None, None, None]
-        x_t = forward_process(x, eps, M, beta_t)                               # Eq. 2
-        x_s = forward_process(x, eps, M, beta_s)                               # Eq. 3
-        head, n_t, logit = self(x_t, M_a, t)
-        scale = beta_t if self.anomaly_target == "beta_eps" else 1.0
-        M_t = logit.sigmoid() if self.soft_consistency else (logit > 0).float()
-        terms = {"n": normal_loss(n_t, x), "m": mask_loss(logit, M),
-                 "a": anomaly_loss(head, scale * eps),
-                 "c": consistency_loss(x_t, M_t, head / scale, n_t, beta_t, beta_s, x_s)}
-        return {"loss": total_loss(**{k: v for k, v in terms.items() if k not in drop}), **terms}
-
-    # ------------------------------------------------------------ section 3.4: inference
-
-    def steps(self, infer_steps: int = 0) -> list[int]:
-        """The steps visited: t_k = round(first - k first / K), k = 0..K; 0 means all of them.
-
-        Raises ValueError for less than none or for more steps than the schedule has.
-        """
-        first = self.first_restoration_step
-        K = infer_steps or first
-        if not 1 <= K <= first:
-            raise ValueError(f"{K} inference steps asked for, the schedule has 1 to {first}")
-        return [round(first - k * first / K) for k in range(K + 1)]
-
-    @torch.no_grad()
-    def reverse_process(self, x: Tensor, infer_steps: int = 0) -> Iterator["Step"]:
-        """Walk from the image x [B, 3, H, W] to its restoration x_0, yielding every step.
-
-        The guide is zero at first, then the previous step's binary mask; Eq. 4 uses M_t > 0.5.
-        """
-        path = self.steps(infer_steps)
-        x_t, guide = x, torch.zeros_like(x[:, :1])
-        for t, s in zip(path, path[1:]):
-            eps_t, n_t, logit = self.predict(x_t, guide, torch.full((len(x),), t, device=x.device))
-            guide = (logit > 0).float()                                        # sigmoid > 0.5
-            x_s = reverse_step(x_t, guide, eps_t, n_t, self.beta[t], self.beta[s])
-            yield Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_s)
-            x_t = x_s
-
-    def restore(self, x: Tensor, infer_steps: int = 0) -> "Restoration":
-        """x_0 and the maps that Eq. 10 wants, for a batch of images x [B, 3, H, W] in [-1, 1]."""
-        M_sum, calls = torch.zeros_like(x[:, :1]), 0
-        for step in self.reverse_process(x, infer_steps):
-            M_sum += step.M_t
-            calls += 1
-        M_disc = M_sum / (calls + self.authors_schedule)
-        return Restoration(step.x_s, M_disc, reconstruction_error(x, step.x_s), step.M_t)
-
-
-class Step(NamedTuple):
-    """One step of the restoration: all [B, C, H, W], M_t in [0, 1]."""
-    t: int
-    x_t: Tensor
-    M_t: Tensor
-    eps_t: Tensor
-    n_t: Tensor
-    x_s: Tensor
-
-
-class Restoration(NamedTuple):
-    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1]."""
-    x_0: Tensor
-    M_disc: Tensor
-    M_recon: Tensor
-    M_last: Tensor
-
-
-# ---------------------------------------------------------------- Eq. 5-9: the losses
+# ---------------------------------------------------------------- section 3.2: the losses
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Mean structural similarity (Wang et al. 2004) of two [B, C, H, W] images in [-1, 1].
@@ -464,14 +316,129 @@ def anomaly_loss(eps_t: Tensor, eps: Tensor) -> Tensor:
 
 
 def consistency_loss(x_t: Tensor, M_t: Tensor, eps_t: Tensor, n_t: Tensor, beta_t: Tensor,
-                     beta_s: Tensor, x_s: Tensor) -> Tensor:
-    """Eq. 8: L_c = L2(x_{t-1}, x~_{t-1}): Eq. 4 on the predictions against the true x_s."""
-    return F.mse_loss(reverse_step(x_t, M_t, eps_t, n_t, beta_t, beta_s), x_s)
+                     beta_prev: Tensor, x_prev: Tensor) -> Tensor:
+    """Eq. 8: L_c = L2(x_{t-1}, x~_{t-1}): Eq. 4 on the predictions against the true x_prev."""
+    return F.mse_loss(reverse_step(x_t, M_t, eps_t, n_t, beta_t, beta_prev), x_prev)
 
 
-def total_loss(**terms: Tensor) -> Tensor:
+def total_loss(L_n: Tensor, L_m: Tensor, L_a: Tensor, L_c: Tensor) -> Tensor:
     """Eq. 9: L = L_n + L_m + L_a + L_c."""
-    return sum(terms.values())
+    return L_n + L_m + L_a + L_c
+
+
+# ---------------------------------------------------------------- training and restoration
+
+class Step(NamedTuple):
+    """One step of the restoration: all [B, C, H, W], M_t in [0, 1]."""
+    t: int
+    x_t: Tensor
+    M_t: Tensor
+    eps_t: Tensor
+    n_t: Tensor
+    x_prev: Tensor
+
+
+class Restoration(NamedTuple):
+    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1]."""
+    x_0: Tensor
+    M_disc: Tensor
+    M_recon: Tensor
+    M_last: Tensor
+
+
+class TransFusion(nn.Module):
+    """The network with its transparency schedule, and the few readings the paper leaves open.
+
+    T, schedule: section 4.3 and Table 4. authors_schedule: T values instead of T + 1, and the
+    restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
+    head predicts, "eps" (Eq. 7) or "beta_eps", beta_t * eps. soft_consistency: Eq. 8 uses the
+    predicted M_t with its gradient; if false, M_t > 0.5. bf16: run the network, not the losses,
+    under bfloat16 autocast. recompute: see ResUNet. Buffer `beta`: [last step + 1] float32.
+    """
+
+    def __init__(self, channels: int = 64, T: int = 20, schedule: str = "linear", pe: str = "2d",
+                 guide: bool = True, authors_schedule: bool = False, anomaly_target: str = "eps",
+                 soft_consistency: bool = True, bf16: bool = False, recompute: bool = False):
+        super().__init__()
+        self.net = ResUNet(channels, pe, guide, recompute)
+        self.bf16 = bf16
+        self.register_buffer("beta", transparency_schedule(T, schedule, authors_schedule), False)
+        self.authors_schedule, self.anomaly_target = authors_schedule, anomaly_target
+        self.soft_consistency = soft_consistency
+
+    @property
+    def last_step(self) -> int:
+        """The step of the opaque anomaly: T, or T - 1 in the authors' schedule."""
+        return len(self.beta) - 1
+
+    def beta_at(self, t: Tensor) -> Tensor:
+        """beta_t of the steps t [B], as [B, 1, 1, 1]."""
+        return self.beta[t][:, None, None, None]
+
+    def anomaly_scale(self, t: Tensor) -> float | Tensor:
+        """The anomaly head predicts eps_t times this: 1, or beta_t in the authors' reading."""
+        return self.beta_at(t) if self.anomaly_target == "beta_eps" else 1.0
+
+    def predict(self, x_t: Tensor, M_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """eps_t, n_t and the logit of M_t at the steps t [B], from 1 on; shapes as in ResUNet."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            head, n_t, logit = self.net(x_t, M_a, t)
+        return head / self.anomaly_scale(t), n_t, logit
+
+    def losses(self, x: Tensor, eps: Tensor, M: Tensor, M_a: Tensor, t: Tensor,
+               drop: str = "") -> dict[str, Tensor]:
+        """One training pass: the loss of Eq. 9 and each of its terms, by name.
+
+        x, eps: [B, 3, H, W] normal and anomaly appearance, eps zero outside M; M, M_a:
+        [B, 1, H, W] in {0, 1}; t: [B] integers in 1..last_step. `drop`: letters of the terms left
+        out of the sum (Table 4), of "nmac". Returns {"loss", "n", "m", "a", "c"}, each a scalar.
+        """
+        beta_t, beta_prev, scale = self.beta_at(t), self.beta_at(t - 1), self.anomaly_scale(t)
+        x_t = forward_process(x, eps, M, beta_t)                               # Eq. 2
+        x_prev = forward_process(x, eps, M, beta_prev)                         # Eq. 3
+        eps_t, n_t, logit = self.predict(x_t, M_a, t)
+        M_t = logit.sigmoid() if self.soft_consistency else (logit > 0).float()
+        terms = {"n": normal_loss(n_t, x),
+                 "m": mask_loss(logit, M),
+                 "a": anomaly_loss(scale * eps_t, scale * eps),
+                 "c": consistency_loss(x_t, M_t, eps_t, n_t, beta_t, beta_prev, x_prev)}
+        kept = [0.0 if name in drop else term for name, term in terms.items()]
+        return {"loss": total_loss(*kept), **terms}
+
+    forward = losses                    # a training pass is what DistributedDataParallel wraps
+
+    def path(self, infer_steps: int = 0) -> list[int]:
+        """The steps that a restoration visits: t_k = round(T - k T / K), k = 0..K.
+
+        infer_steps: K, the network calls; 0 for all the schedule has. In the authors' schedule the
+        first is T - 2, not the last step. Raises ValueError for a K that is not in 0..T.
+        """
+        first = self.last_step - self.authors_schedule
+        K = infer_steps or first
+        if not 1 <= K <= first:
+            raise ValueError(f"{K} inference steps asked for, the schedule has 1 to {first}")
+        return [round(first - k * first / K) for k in range(K + 1)]
+
+    @torch.no_grad()
+    def reverse_process(self, x: Tensor, infer_steps: int = 0) -> Iterator[Step]:
+        """Section 3.4: walk from the image x [B, 3, H, W] to its restoration x_0, step by step."""
+        path = self.path(infer_steps)
+        x_t, guide = x, torch.zeros_like(x[:, :1])
+        for t, t_prev in zip(path, path[1:]):
+            eps_t, n_t, logit = self.predict(x_t, guide, torch.full((len(x),), t, device=x.device))
+            binary = (logit > 0).float()                                       # M_t > 0.5
+            x_prev = reverse_step(x_t, binary, eps_t, n_t, self.beta[t], self.beta[t_prev])  # Eq. 4
+            yield Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev)
+            x_t, guide = x_prev, binary
+
+    def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
+        """x_0 and the maps that Eq. 10 wants, for a batch of images x [B, 3, H, W] in [-1, 1]."""
+        M_sum, calls = torch.zeros_like(x[:, :1]), 0
+        for step in self.reverse_process(x, infer_steps):
+            M_sum += step.M_t
+            calls += 1
+        M_disc = M_sum / (calls + self.authors_schedule)        # they divide by one too many
+        return Restoration(step.x_prev, M_disc, reconstruction_error(x, step.x_prev), step.M_t)
 
 
 # ---------------------------------------------------------------- Eq. 10, 11: map and score
@@ -495,41 +462,3 @@ def final_mask(M_disc: Tensor, M_recon: Tensor, lam: float = 0.95, n: int = 7) -
 def anomaly_score(M_final: Tensor) -> Tensor:
     """Eq. 11: AS = max(M_final), one number per image, [B]."""
     return M_final.flatten(1).amax(1)
-
-
-# ---------------------------------------------------------------- the authors' checkpoints
-
-# Our name of a head's parameter -> theirs; the trunk's names are the same, behind "model.".
-AUTHORS_HEADS = {"anomaly_head.0.": "norm.", "anomaly_head.2.": "final.",
-                 "normal_head.": "final_mean.", "mask_head.0.": "final_seg.norm.",
-                 "mask_head.2.": "final_seg.conv."}
-
-
-def authors_name(name: str) -> str:
-    """Name of a ResUNet parameter in a state dict of the authors' format."""
-    for ours, theirs in AUTHORS_HEADS.items():
-        if name.startswith(ours):
-            name = theirs + name[len(ours):]
-    return "model." + name
-
-
-def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
-    """Copy a state dict in the authors' format into `model` (which the authors' settings built).
-
-    Raises ValueError that names every key missing, left over or of another shape; the model is
-    not touched then.
-    """
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError("the weights are no state dict, names with a tensor each")
-    ours = model.net.state_dict()
-    theirs = {k: v for k, v in state.items() if not k.endswith("inv_freq")}
-    names = {name: authors_name(name) for name in ours}
-    missing = sorted(set(names.values()) - set(theirs))
-    extra = sorted(set(theirs) - set(names.values()))
-    shapes = [f"{k} is {list(theirs[k].shape)}, not {list(ours[name].shape)}"
-              for name, k in names.items() if k in theirs and theirs[k].shape != ours[name].shape]
-    problems = [f"{title}: {', '.join(found)}" for title, found in
-                (("missing", missing), ("not known", extra), ("of another shape", shapes)) if found]
-    if problems:
-        raise ValueError("the weights do not fit the network; " + "; ".join(problems))
-    model.net.load_state_dict({name: theirs[k] for name, k in names.items()})

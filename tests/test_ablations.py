@@ -1,13 +1,13 @@
 """Table 4: what ablations.py trains, keeps and prints."""
 import csv
+import json
 import shutil
 
 import pytest
 
 import ablations
-import figures
+import tables
 import train
-from data import InputError
 from test_train import argv_for, parts  # noqa: F401
 
 
@@ -22,7 +22,7 @@ def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
                                                                "--final-mask recon")]
     monkeypatch.setattr(ablations, "conditions", lambda: rows)
     argv = argv_for(parts, "--steps", "2")
-    ablations.main(argv)
+    assert ablations.main(argv) == 0
     folder = parts.parent / "runs"
     with open(folder / "table4-parts-bolt.csv", newline="") as file:
         found = list(csv.DictReader(file))
@@ -35,31 +35,57 @@ def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(train, "write_results", lambda *_: pytest.fail("scored again"))
     capsys.readouterr()
-    ablations.main(argv)
+    assert ablations.main(argv) == 0
     assert "Table 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--seed", "1"], "--seed"), (["--eval"], "--eval"), (["--category", "all"], "--category"),
+    (["--seed", "1"], "--seed"), (["--eval"], "--eval"), (["--category", ""], "--category"),
     (["--category", "blot"], "bolt")])
-def test_what_would_fail_later_is_refused_first(parts, flags, expected):  # noqa: F811
-    with pytest.raises(InputError, match=expected):
-        ablations.main(argv_for(parts, *flags))
+def test_what_would_fail_later_is_refused_first(parts, flags, expected, capsys):  # noqa: F811
+    assert ablations.main(argv_for(parts, *flags)) == 2
+    assert expected in capsys.readouterr().err
     shutil.rmtree(parts / "bolt" / "ground_truth")
-    with pytest.raises(InputError, match="ground truth"):
-        ablations.main(argv_for(parts))
+    assert ablations.main(argv_for(parts)) == 2
+    assert "ground truth" in capsys.readouterr().err
     assert not (parts.parent / "runs").exists()
 
 
 def test_differences_are_to_the_mean_of_the_seeds():
-    rows = [{"data": "demo", "category": "gear", "step": 1, "condition": condition,
+    rows = [{"data": "demo", "category": "gear", "step": 1, "condition": condition, "seed": seed,
              "image_auroc": a, "aupro": b}
-            for condition, a, b in (("full model", "0.8", "0.5"), ("full model", "0.9", "0.7"),
-                                    ("without PE", "0.80", "0.65"),
-                                    ("only M_recon", "0.70", "0.40"))]
-    table = figures.table4(rows)
+            for condition, seed, a, b in (("full model", "0", "0.8", "0.5"),
+                                          ("full model", "1", "0.9", "0.7"),
+                                          ("without PE", "0", "0.80", "0.65"),
+                                          ("only M_recon", "0", "0.70", "0.40"))]
+    table = tables.table4(rows)
     by_condition = {row[1]: row[6:8] for row in table.rows}
     assert by_condition["without PE"] == ["-5.0", "+5.0"]
     assert by_condition["only M_recon"] == ["-10.0", "-10.0"]           # to the same seed
     assert by_condition["TransFusion"] == ["85.0 ± 7.1", "60.0 ± 14.1"]
     assert by_condition["root"] == ["not run", "not run"]
+    assert "ours on demo gear" in table.title
+    other = [{**row, "category": "fabric", "image_auroc": float(row["image_auroc"]) - 0.1,
+              "aupro": float(row["aupro"]) + 0.05 * (row["condition"] == "without PE")}
+             for row in rows]                                            # of each row the average
+    table = tables.table4(rows + other)
+    by_condition = {row[1]: row[6:8] for row in table.rows}
+    assert by_condition["without PE"] == ["-5.0", "+7.5"]
+    assert by_condition["TransFusion"] == ["80.0 ± 7.1", "60.0 ± 14.1"]
+    assert "average of fabric, gear" in table.title
+
+
+def test_all_categories_give_a_table_each_and_their_average(parts, monkeypatch, capsys):  # noqa: F811
+    shutil.copytree(parts / "bolt", parts / "nut")
+    monkeypatch.setattr(ablations, "conditions", lambda: [("full model", "", "0"),
+                                                          ("only M_1", "--final-mask last", "0")])
+    argv = argv_for(parts, "--steps", "2")
+    argv[argv.index("bolt")] = "all"
+    assert ablations.main(argv) == 0
+    said = capsys.readouterr().out
+    assert said.index("2 x 1 trainings, bolt nut") < said.index("--- bolt, 1 of 2")
+    assert {p.name for p in (parts.parent / "runs").glob("*.csv")} == {"table4-parts-bolt.csv",
+                                                                      "table4-parts-nut.csv"}
+    assert said.index("average of bolt, nut") > said.index("table4-parts-nut.csv")
+    metrics = parts.parent / "runs/parts/nut-seed-0/metrics-final_masklast.json"
+    assert json.loads(metrics.read_text())["infer_steps"] == 20          # so that M_last is M_1

@@ -6,7 +6,7 @@ import bench
 
 
 def test_table_and_json(demo_root, tmp_path, capsys):
-    argv = ["--preset", "quick", "--batch", "8", "--channels", "8", "--crop", "32", "--repeats", "1",
+    argv = ["--preset", "quick", "--batch", "8", "--channels", "8", "--resize", "32", "--repeats", "1",
             "--device", "cpu", "--precision", "float32", "--root", str(demo_root)]
     assert bench.main([*argv, "--json", str(tmp_path / "bench.json")]) == 0
     out = capsys.readouterr().out

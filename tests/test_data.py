@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 import data
-from data import InputError
+from settings import InputError
 
 
 def png(path, array):
@@ -112,7 +112,7 @@ def test_visa_as_published_follows_its_table(tmp_path):
 def test_visa_without_its_table_or_with_a_wrong_one(tmp_path):
     visa_tree(tmp_path, visa_rows())
     (tmp_path / "candle" / "Data" / "Images" / "Normal" / "1.JPG").unlink()
-    with pytest.raises(InputError, match="1.JPG is in .* but not there"):
+    with pytest.raises(InputError, match="1.JPG: in VisA's table, but not there"):
         data.find_category("visa", "candle", tmp_path)
     (tmp_path / "split_csv" / "1cls.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="not VisA's table"):
@@ -232,6 +232,23 @@ def test_masks_on_the_scoring_grid(tmp_path):
     assert not data.load_mask(data.Item(tmp_path / "image.png", 0, "good"), 16, 16).any()
 
 
+def test_no_region_vanishes_in_the_crop(tmp_path):
+    """Regions that the crop cuts, the second of them down to less than half of any pixel."""
+    mask = np.zeros((64, 64))
+    mask[20:24, 0:9] = 255                       # grid columns 0, 1 and a quarter of column 2
+    mask[40:44, 0:4] = 255                       # column 0: outside the crop altogether
+    png(tmp_path / "image.png", picture(size=64))
+    png(tmp_path / "mask.png", mask)
+    item = data.Item(tmp_path / "image.png", 1, "cut", tmp_path / "mask.png")
+    assert data.load_mask(item, 16, 16).sum() == 3
+    found = data.load_mask(item, 16, 12)
+    assert found.sum() == 1 and found[5 - 2, 0]
+
+
+def test_scale():
+    assert data.scale(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
 def test_images_above_the_limit_are_read_from_disk(tmp_path):
     mvtec_tree(tmp_path / "a")
     paths = data.list_images(tmp_path / "a" / "train" / "good")
@@ -273,33 +290,55 @@ def test_foreground_is_not_sure_without_a_background():
     assert data.find_foreground(np.full((3, 64, 64), 128, np.uint8)) is None
 
 
+def category_of(folder, name="bolt", of="parts"):
+    return data.Category(of, name, folder, data.list_images(folder))
+
+
 def test_foreground_modes(tmp_path):
     image, disc = object_image()
     for k in range(3):
         png(tmp_path / "images" / f"{k}.png", image.transpose(1, 2, 0))
         png(tmp_path / "masks" / f"{2 - k}_mask.png", np.full((64, 64), 255 * (k == 0)))
-    paths = data.list_images(tmp_path / "images")
-    images = data.Images(paths, 64, 64)
-    for mode, name, share in (("auto", "bolt", disc.mean()), ("auto", "carpet", 1),
-                              ("none", "bolt", 1)):
-        masks, line = data.foreground_masks(images, paths, name, mode)
+    bolt = category_of(tmp_path / "images")
+    images = data.Images(bolt.train, 64, 64)
+    carpet, own = (category_of(tmp_path / "images", "carpet", of) for of in ("mvtec", "parts"))
+    for mode, category, share in (("auto", bolt, disc.mean()), ("auto", carpet, 1),
+                                  ("auto", own, disc.mean()), ("none", bolt, 1),
+                                  (str(tmp_path / "masks"), carpet, 1)):
+        masks, line = data.foreground_masks(images, category, mode)
         assert masks.shape == (3, 1, 64, 64) and masks.dtype == torch.bool and line
         assert share <= float(masks.float().mean()) <= 1.5 * share
-    given, _ = data.foreground_masks(images, paths, "bolt", str(tmp_path / "masks"))
+    given, _ = data.foreground_masks(images, bolt, str(tmp_path / "masks"))
     assert given.flatten(1).any(1).tolist() == [False, False, True]  # by file name, not by order
     (tmp_path / "masks" / "1_mask.png").unlink()
     with pytest.raises(InputError, match="no foreground mask named like 1.png"):
-        data.foreground_masks(images, paths, "bolt", str(tmp_path / "masks"))
+        data.foreground_masks(images, bolt, str(tmp_path / "masks"))
     with pytest.raises(InputError, match="no such folder"):
-        data.foreground_masks(images, paths, "bolt", str(tmp_path / "nothing"))
+        data.foreground_masks(images, bolt, str(tmp_path / "nothing"))
+
+
+def test_given_foregrounds_are_halved_dilated_and_of_their_own_category(tmp_path):
+    """As the authors' code reads them; the file names of two categories are the same."""
+    png(tmp_path / "images" / "000.png", object_image()[0].transpose(1, 2, 0))
+    bolt, nut = (category_of(tmp_path / "images", name) for name in ("bolt", "nut"))
+    images = data.Images(bolt.train, 64, 64)
+    mask = np.full((64, 64), 100)                                   # below half: not the object
+    mask[20:30, 40:45] = 160
+    png(tmp_path / "masks" / "000.png", np.full((64, 64), 255))
+    png(tmp_path / "masks" / "nut" / "000_mask.png", mask)
+    found, line = data.foreground_masks(images, nut, str(tmp_path / "masks"))
+    want = np.zeros((64, 64), bool)
+    want[18:32, 38:47] = True
+    assert np.array_equal(found[0, 0].numpy(), want) and str(tmp_path / "masks" / "nut") in line
+    assert data.foreground_masks(images, bolt, str(tmp_path / "masks"))[0].all()
 
 
 def test_a_category_without_sure_objects_falls_back_to_the_whole_image(tmp_path):
     rng = np.random.default_rng(0)
     for k in range(3):
         png(tmp_path / f"{k}.png", rng.integers(0, 255, (64, 64, 3)))
-    paths = data.list_images(tmp_path)
-    masks, line = data.foreground_masks(data.Images(paths, 64, 64), paths, "bolt")
+    category = category_of(tmp_path)
+    masks, line = data.foreground_masks(data.Images(category.train, 64, 64), category)
     assert masks.all() and "3 of 3" in line
 
 

@@ -575,7 +575,7 @@ def test_check_of_visa(tmp_path, capsys, monkeypatch):
         assert line in out
     write(tmp_path, visa_files("pcb1") | {"split_csv/1cls.csv": b"a,b\n1,2\n"})
     out = run("--check", tmp_path, capsys=capsys)[1]                # once, though both need it
-    assert "1cls.csv: not there, or not VisA's split" in out and out.endswith("\nfaults: 1\n")
+    assert "1cls.csv: not VisA's table" in out and out.endswith("\nfaults: 1\n")
 
 
 def test_check_without_data_and_wrong_command_lines(tmp_path, capsys):

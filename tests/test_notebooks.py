@@ -10,8 +10,9 @@ from nbclient import NotebookClient
 
 import data
 import figures
+import tables
 
-FOLDER = Path(figures.HERE) / "notebooks"
+FOLDER = tables.HERE
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 # Columns whose printed average is not the mean of their categories: printed, mean. The paper or
@@ -76,7 +77,7 @@ def test_one_first_line_names_every_table():
 def test_averages_are_the_means_of_their_categories():
     off = {}
     for path in sorted((FOLDER / "paper").glob("*.csv")):
-        rows = figures.paper_table(path.stem)
+        rows = tables.paper_table(path.stem)
         if "category" not in rows[0]:
             continue
         for group in sorted({r.get("data", "") for r in rows}):
@@ -94,7 +95,7 @@ def test_averages_are_the_means_of_their_categories():
 
 def test_categories_are_complete():
     def names(table):
-        return [r["category"] for r in figures.paper_table(table)]
+        return [r["category"] for r in tables.paper_table(table)]
 
     for table in ("table2_mvtec_image_auroc", "tableS2_mvtec_aupro", "d3ad_table7_mvtec"):
         assert sorted(names(table)) == sorted([*data.CATEGORIES["mvtec"], "average"]), table
@@ -103,9 +104,9 @@ def test_categories_are_complete():
 
 
 def test_marks():
-    assert figures.mark_best(["1", "3", "", "2", "3", "0.5"]) == ["//1//", "**3**", "", "__2__",
+    assert tables.mark_best(["1", "3", "", "2", "3", "0.5"]) == ["//1//", "**3**", "", "__2__",
                                                                 "**3**", "0.5"]
-    assert figures.render("**100**") == "<b>100</b>" and figures.render("<a>") == "&lt;a&gt;"
+    assert tables.render("**100**") == "<b>100</b>" and tables.render("<a>") == "&lt;a&gt;"
 
 
 def test_failures_are_found_by_their_rules(small, demo_root):

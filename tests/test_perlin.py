@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import perlin
+from data import scale
 
 
 def perlin_loop(gradients, periods, angle, phase, H, W):
@@ -121,13 +122,17 @@ def make(seed=0, B=8, S=64, opaque=False, fill=200):
                                      torch.full((B,), opaque), np.random.default_rng(seed))
 
 
+def eps_of(made):
+    """The eps of Eq. 2, as train.make_batch takes it."""
+    return scale(made.A) * made.M
+
+
 def test_a_batch_is_half_anomalous():
     _, made = make()
-    assert made.M.shape == made.M_a.shape == (8, 1, 64, 64) and made.eps.shape == (8, 3, 64, 64)
+    assert made.M.shape == made.M_a.shape == (8, 1, 64, 64) and made.A.shape == (8, 3, 64, 64)
     assert (made.M[:4].sum((1, 2, 3)) > 0).all()
-    assert not made.M[4:].any() and not made.M_a[4:].any() and not made.eps[4:].any()
-    assert not (made.eps * (1 - made.M)).any()                     # zero outside the mask
-    assert float(made.eps.abs().max()) <= 1
+    assert not made.M[4:].any() and not made.M_a[4:].any() and not made.A[4:].any()
+    assert made.A.dtype == torch.uint8 and (made.A[:4] * (1 - made.M[:4])).any()
     assert not made.M[..., :8].any() and not made.M_a[..., :8].any()
 
 
@@ -152,7 +157,7 @@ def test_same_seed_same_batch():
 def test_half_of_the_anomalies_are_textural():
     """With flat textures a textural anomaly is flat, a structural one of a noise image is not."""
     flat = [float(part[:, m[0] > 0].std(1).max()) < 0.2
-            for seed in range(60) for part, m in zip(make(seed)[1].eps[:4], make(seed)[1].M[:4])]
+            for seed in range(60) for part, m in zip(eps_of(make(seed)[1])[:4], make(seed)[1].M[:4])]
     assert 0.38 < np.mean(flat) < 0.62
 
 
@@ -165,15 +170,31 @@ def test_rotation_augmentation():
     assert 0.2 < turned < 0.4
 
 
-def test_rotation_turns_image_and_foreground_alike_and_up_to_its_angle():
+@pytest.mark.parametrize("authors", [False, True])
+def test_rotation_turns_image_and_foreground_alike_and_up_to_its_angle(authors):
     """The image is its own foreground: they must stay the same picture, at angles over the range."""
     bar = torch.zeros(200, 1, 64, 64)
     bar[..., 30:34, 8:56] = 1
     images = (255 * bar).to(torch.uint8).expand(-1, 3, -1, -1)
-    out, fg = perlin.rotate_batch(images, bar, 90, np.random.default_rng(0), p=1.0)
-    assert out.dtype == torch.uint8 and torch.equal(out[:, :1] > 0, fg > 0)
+    out, fg = perlin.rotate_batch(images, bar, 90, np.random.default_rng(0), authors, p=1.0)
+    assert out.dtype == torch.uint8
+    differ = (out[:, :1] > 128) != (fg > 0)                     # half covered edges, interpolated
+    assert not differ.any() if authors else float(differ.float().mean()) < 0.005
     upright = (fg.sum((1, 3)) > 0).sum(1) > (fg.sum((1, 2)) > 0).sum(1)      # turned by over 45
     assert 0.35 < float(upright.float().mean()) < 0.65
+
+
+def test_rotation_is_linear_on_black_or_as_the_authors_nearest_on_grey():
+    """A grey ramp, turned: its corners, and whether there are values between those of the image."""
+    images = torch.full((50, 3, 64, 64), 100, dtype=torch.uint8)
+    images[..., 32:] = 200
+    for authors, corner in ((False, 0), (True, 128)):
+        out, fg = perlin.rotate_batch(images, torch.ones(50, 1, 64, 64), 45,
+                                      np.random.default_rng(0), authors, p=1.0)
+        found = set(out.unique().tolist())
+        assert corner in found and (found == {100, 128, 200}) == authors
+        far = torch.nn.functional.max_pool2d(fg, 3, 1, 1) == 0       # well outside the turned image
+        assert far.any() and (out[far.expand_as(out)] == corner).all()
 
 
 def test_light_augmentation_scales_each_image_by_a_factor_of_its_own():
@@ -205,7 +226,7 @@ def test_appearances(monkeypatch):
 
 def test_appearance_is_scaled_as_images_are():
     """Flat black textures: a textural anomaly is dark, down to -1, in the scale of the images."""
-    eps = torch.cat([make(seed, fill=0)[1].eps for seed in range(20)])
+    eps = torch.cat([eps_of(make(seed, fill=0)[1]) for seed in range(20)])
     assert float(eps.min()) == -1 and float(eps.max()) > 0.9
 
 
@@ -226,7 +247,3 @@ def test_random_noise_covers_scales_and_angles(monkeypatch):
     assert set(seen["periods"].flatten().tolist()) == {1, 2, 4, 8, 16, 32}
     assert (seen["periods"][:, 0] != seen["periods"][:, 1]).any()
     assert float(seen["angles"].min()) < -1.4 and float(seen["angles"].max()) > 1.4
-
-
-def test_scale():
-    assert perlin.scale(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]

@@ -11,10 +11,10 @@ from PIL import Image
 from scipy import ndimage
 
 import metrics
-import perlin
 import predict
 import runs
-from settings import Settings, build_model
+from data import scale
+from settings import Settings
 
 
 def rows_of(path):
@@ -183,7 +183,7 @@ def test_the_map_of_the_run_is_the_one_inspected(small):
     for kind in ("recon", "disc", "last"):
         s = dataclasses.replace(s, final_mask=kind)
         found, = predict.inspect(model, s, [image])
-        x = perlin.scale(torch.tensor(image).permute(2, 0, 1)[None])
+        x = scale(torch.tensor(image).permute(2, 0, 1)[None])
         restored = model.restore(x, s.infer_steps)
         M = {"recon": restored.M_recon, "disc": restored.M_disc, "last": restored.M_last}[kind]
         want = torch.nn.functional.avg_pool2d(M, 7, 1, 3).amax().item()
@@ -203,7 +203,7 @@ def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, c
 
 def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_path, capsys):
     s = Settings(resize=32, crop=32, channels=8, T=2)
-    runs.save_checkpoint(tmp_path / "model.pt", s, build_model(s), None, None,
+    runs.save_checkpoint(tmp_path / "model.pt", s, runs.build_model(s), None, None,
                          {"normal": None})
     assert predict.main([str(tmp_path / "model.pt"), str(photos), "--out", str(tmp_path / "o")]) == 0
     assert "trained without held-out images" in capsys.readouterr().out

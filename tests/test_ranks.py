@@ -17,25 +17,24 @@ SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import torch, train
-from runs import load_source
+from runs import load_source, make_folder, run_folder
 from settings import parse
 
 out, frozen, *argv = sys.argv[1:]
-s, _ = parse(argv)
+s, _ = parse([*argv, "--steps", "{STEPS}"])
 if train.RANKS > 1:
     s = train.join_ranks(s)
-model, source, device = train.start_model(s, ""), load_source(s), torch.device("cpu")
+model, source = train.start_model(s, ""), load_source(s)
 if frozen == "frozen":
     model.net.mask_head[0].eval()
-optimizer, ema = train.make_optimizer(model, s)
-losses_of = train.training_pass(model, s)
 batches, losses = [], []
-for step in range({STEPS}):
-    batches.append(train.make_batch(s, source, model.last_step, step, device))
-    found = train.train_step(losses_of, ema, optimizer, batches[-1], s, s.lr)
-    losses.append(train.mean_over_ranks(list(found.values()), device))
-torch.save({{"model": dict(model.named_parameters()), "batches": batches, "losses": losses}},
-           out + str(train.RANK))
+make_batch, mean_over_ranks = train.make_batch, train.mean_over_ranks
+train.make_batch = lambda *which: batches.append(make_batch(*which)) or batches[-1]
+train.mean_over_ranks = lambda each: losses.append(mean_over_ranks(each)) or losses[-1]
+make_folder(run_folder(s))
+train.train(model, s, source, run_folder(s))
+torch.save({{"model": dict(model.named_parameters()), "batches": batches[-{STEPS}:],
+            "losses": [list(each.values()) for each in losses]}}, out + str(train.RANK))
 """
 
 
@@ -53,7 +52,8 @@ def test_two_ranks_train_as_one(parts, tmp_path, batchnorm):  # noqa: F811
     script.write_text(SCRIPT)
     with ThreadPoolExecutor() as pool:
         for done in pool.map(lambda ranks: launch(ranks, str(script), str(tmp_path / f"{ranks}-"),
-                                                  batchnorm, *argv_for(parts, "--batch", "8")),
+                                                  batchnorm, *argv_for(parts, "--batch", "8",
+                                                                       "--hold-out", "0.33")),
                              (1, 2)):
             assert done.returncode == 0, done.stderr[-2000:]
     one = torch.load(tmp_path / "1-0")

@@ -18,7 +18,7 @@ import data
 import predict
 import runs
 import train
-from settings import Settings, build_model
+from settings import InputError, Settings
 from test_train import argv_for, parts  # noqa: F401  (a fixture)
 
 HERE = Path(train.__file__).parent
@@ -129,7 +129,7 @@ def test_five_hundred_damaged_files(tmp_path):
     for suffix in ("png", "jpg", "tif", "bmp"):
         Image.fromarray(pixels).save(good / f"image.{suffix}")
     s = Settings(resize=32, crop=32, channels=8, T=2)
-    runs.save_checkpoint(good / "model.pt", s, build_model(s), None, None,
+    runs.save_checkpoint(good / "model.pt", s, runs.build_model(s), None, None,
                          {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []})
     visa = tmp_path / "visa"
     (visa / "split_csv").mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_five_hundred_damaged_files(tmp_path):
         try:
             read.get(path.suffix, lambda p: data.load_image(p, 16, 16))(path)
             outcome["read"] += 1
-        except data.InputError as error:
+        except InputError as error:
             assert "\n" not in str(error) and str(path.name) in str(error)
             outcome["refused"] += 1
     assert outcome["read"] > 50 and outcome["refused"] > 50, outcome

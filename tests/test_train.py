@@ -20,12 +20,13 @@ from PIL import Image
 import data
 import metrics
 import predict
+import settings
 import train
-from runs import load_model, load_source, refuse_other_run
-from score import against_normal, score_maps
-from settings import Settings, parse
+from evaluate import against_normal, score_maps
+from runs import load_model, load_source, refuse_other_run, steps_per_epoch
+from settings import InputError, Settings, parse
 from test_demo import mean_std_model
-from test_transfusion import authors_state
+from test_runs import authors_state
 
 HERE = Path(train.__file__).parent
 TINY = ["--resize", "32", "--crop", "32", "--channels", "8", "--precision", "float32", "--device",
@@ -185,7 +186,7 @@ def test_a_setting_that_a_run_is_older_than_had_its_default(tmp_path):
     del config["light"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     refuse_other_run(tmp_path, Settings())
-    with pytest.raises(data.InputError, match="light 0.0 there, 0.15 here"):
+    with pytest.raises(InputError, match="light 0.0 there, 0.15 here"):
         refuse_other_run(tmp_path, Settings(light=0.15))
 
 
@@ -194,19 +195,19 @@ def test_a_setting_that_a_run_is_older_than_had_its_default(tmp_path):
 def test_an_interrupted_run_resumes_bit_identically(parts, capsys, monkeypatch):
     assert train.main(argv_for(parts, "--steps", "11", "--name", "whole")) == 0
     argv = argv_for(parts, "--steps", "11", "--name", "broken")
-    step = train.train_step
+    make_batch = train.make_batch
     done = []
 
     def interrupted(*args):
         done.append(1)
         if len(done) == 3 + 5:                                       # 3 steps measure the speed
             os.kill(os.getpid(), signal.SIGINT)
-        return step(*args)
+        return make_batch(*args)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train, "make_batch", interrupted)
     assert train.main(argv) == 130
     assert "stopped at step 5 of 11" in capsys.readouterr().err
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "make_batch", make_batch)
     refused(capsys, argv, "unfinished run", "--resume")
     assert train.main([*argv, "--resume"]) == 0
     whole, broken = (parts.parent / "runs" / "parts" / f"bolt-{n}" for n in ("whole", "broken"))
@@ -219,7 +220,7 @@ def test_an_interrupted_run_resumes_bit_identically(parts, capsys, monkeypatch):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
     logs = [[{k: v for k, v in row.items() if k != "seconds"}
              for row in csv.DictReader(open(run / "log.csv"))] for run in (whole, broken)]
-    assert logs[0] == logs[1] and len(logs[0]) == 6                  # 11 steps, 2 an epoch
+    assert logs[0] == logs[1] and len(logs[0]) == 4                  # 11 steps, 3 an epoch
 
 
 def test_same_seed_same_run_and_another_seed_another(parts):
@@ -252,7 +253,7 @@ def test_a_full_disk_at_the_checkpoint_leaves_nothing_half_written(parts):
 # ---------------------------------------------------------------- other ways to run
 
 def test_eval_every_logs_each_evaluation(parts):
-    assert train.main(argv_for(parts, "--eval-every", "2")) == 0     # 3 epochs of 2 steps
+    assert train.main(argv_for(parts, "--eval-every", "2")) == 0     # 2 epochs of 3 steps
     with open(parts.parent / "runs" / "parts" / "bolt" / "eval.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["2"] and 0 <= float(rows[0]["image_auroc"]) <= 1
@@ -290,6 +291,64 @@ def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, mon
     # The folder spelt another way is the same run.
     assert train.main(argv_for(Path(f"{parts}/./"), "--resume")) == 0
     assert (folder / "metrics.json").exists()
+
+
+def test_an_epoch_ends_with_what_is_left(parts, monkeypatch):
+    """11 images in batches of 4: 4, 4 and 3, each image once; two ranks fill the last one up."""
+    s, _ = parse(argv_for(parts, "--rotation", "0"))
+    source, cpu = load_source(s), torch.device("cpu")
+    assert len(source.train) == 11 and steps_per_epoch(s, source) == 3
+    batches = [train.make_batch(s, source, 20, step, cpu) for step in range(3)]
+    assert [len(x) for x, *_ in batches] == [4, 4, 3]
+    assert [M.flatten(1).any(1).tolist() for _, _, M, *_ in batches][2] == [True, True, False]
+    seen = torch.cat([x for x, *_ in batches]).flatten(1).unique(dim=0)
+    assert len(seen) == 11
+    few = dataclasses.replace(s, batch=16)                        # fewer images than a batch
+    assert steps_per_epoch(few, source) == 1
+    assert len(train.make_batch(few, source, 20, 0, cpu)[0]) == 16
+    monkeypatch.setattr(train, "RANKS", 2)
+    halves = []
+    for rank in range(2):
+        monkeypatch.setattr(train, "RANK", rank)
+        halves.append(train.make_batch(s, source, 20, 2, cpu))
+    assert [M.flatten(1).any(1).tolist() for _, _, M, *_ in halves] == 2 * [[True, False]]
+    whole = torch.cat([x for x, *_ in halves])
+    assert all(any(torch.equal(x, y) for y in whole) for x in batches[2][0])
+
+
+def test_the_last_mask_is_m_1_unless_fewer_steps_are_asked_for():
+    last = ["--preset", "cpu", "--final-mask", "last"]
+    assert parse(["--preset", "cpu"])[0].infer_steps == 3
+    s, flags = parse(last)
+    assert s.infer_steps == 0 and "infer_steps" in flags.given       # --eval takes it, too
+    assert parse([*last, "--infer-steps", "5"])[0].infer_steps == 5
+
+
+def test_paper_and_authors_compute_in_float32(monkeypatch):
+    monkeypatch.setattr(settings, "fast_bf16", lambda device: True)
+    found = {preset: parse(["--preset", preset])[0].precision for preset in settings.PRESETS}
+    assert found == {"paper": "float32", "authors": "float32", "cpu": "bf16", "quick": "bf16"}
+    assert parse(["--preset", "paper", "--precision", "bf16"])[0].precision == "bf16"
+
+
+def test_the_authors_preset_turns_as_their_code_does():
+    turned = {preset: parse(["--preset", preset])[0] for preset in settings.PRESETS}
+    assert {k: (s.rotation, s.authors_rotation) for k, s in turned.items()} == {
+        "paper": (90, False), "authors": (20, True), "cpu": (90, False), "quick": (10, False)}
+
+
+def test_one_folder_of_masks_is_not_for_all_categories(parts, tmp_path, capsys):
+    """MVTec AD's file names repeat: bolt's masks would fit nut's images."""
+    shutil.copytree(parts / "bolt", parts / "nut")
+    argv = argv_for(parts, "--foreground", str(tmp_path / "masks"))
+    argv[argv.index("bolt")] = "all"
+    for name in ("bolt", "nut"):
+        refused(capsys, argv, "masks: no folder bolt" if name == "bolt" else "no folder nut")
+        folder = tmp_path / "masks" / name
+        folder.mkdir(parents=True)
+        for k in range(12):
+            Image.new("L", (40, 40), 255).save(folder / f"{k}.png")
+    assert train.main(argv) == 0
 
 
 def test_epochs_beat_the_steps_of_a_preset():

@@ -1,18 +1,16 @@
-"""Every equation against plain loops written from the paper; the network; the authors' numbers."""
-import json
+"""Every equation against plain loops written from the paper; the network; the restoration."""
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import data
 import perlin
 import transfusion as tf
 from transfusion import TransFusion
 
-HERE = Path(__file__).parent
 AUTHORS = dict(pe="row", authors_schedule=True, anomaly_target="beta_eps", soft_consistency=False)
 
 
@@ -54,18 +52,18 @@ def test_eq2_forward_process_runs_from_normal_to_opaque():
 
 def test_eq4_is_the_difference_of_eq2_and_eq3():
     n, eps, M = random_parts()
-    x_t, x_s = (tf.forward_process(n, eps, M, beta) for beta in (0.7, 0.45))
-    assert torch.allclose(tf.reverse_step(x_t, M, eps, n, 0.7, 0.45), x_s, atol=1e-12)
+    x_t, x_prev = (tf.forward_process(n, eps, M, beta) for beta in (0.7, 0.45))
+    assert torch.allclose(tf.reverse_step(x_t, M, eps, n, 0.7, 0.45), x_prev, atol=1e-12)
 
 
 def test_eq4_against_a_loop_with_a_soft_mask():
     n, eps, M = random_parts()
     x_t, M_t = torch.rand_like(n), torch.rand_like(M)
-    x_s = tf.reverse_step(x_t, M_t, eps, n, 0.7, 0.45)
+    x_prev = tf.reverse_step(x_t, M_t, eps, n, 0.7, 0.45)
     for b, c, y, x in pixels(n):
         m, e, normal = M_t[b, 0, y, x], eps[b, c, y, x], n[b, c, y, x]
         want = x_t[b, c, y, x] - (0.7 - 0.45) * m * e + (0.7 - 0.45) * m * normal
-        assert x_s[b, c, y, x] == pytest.approx(float(want), abs=1e-12)
+        assert x_prev[b, c, y, x] == pytest.approx(float(want), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["linear", "quadratic", "root"])
@@ -147,15 +145,15 @@ def test_eq8_consistency_loss():
     n, eps, M = random_parts(0)
     n_t, eps_t, _ = random_parts(1)
     M_t = torch.rand(M.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    x_t, x_s = (tf.forward_process(n, eps, M, beta) for beta in (0.5, 0.4))
+    x_t, x_prev = (tf.forward_process(n, eps, M, beta) for beta in (0.5, 0.4))
     squares = []
     for b, c, y, x in pixels(n):
         k = b, c, y, x
         predicted = x_t[k] - 0.1 * M_t[b, 0, y, x] * (eps_t[k] - n_t[k])
-        squares.append(float(predicted - x_s[k]) ** 2)
-    loss = tf.consistency_loss(x_t, M_t, eps_t, n_t, 0.5, 0.4, x_s)
+        squares.append(float(predicted - x_prev[k]) ** 2)
+    loss = tf.consistency_loss(x_t, M_t, eps_t, n_t, 0.5, 0.4, x_prev)
     assert float(loss) == pytest.approx(np.mean(squares))
-    assert float(tf.consistency_loss(x_t, M, eps, n, 0.5, 0.4, x_s)) == pytest.approx(0, abs=1e-20)
+    assert float(tf.consistency_loss(x_t, M, eps, n, 0.5, 0.4, x_prev)) == pytest.approx(0, abs=1e-20)
 
 
 def tiny(**kw):
@@ -225,11 +223,11 @@ def test_losses_of_imperfect_predictions_are_those_of_eq5_to_eq8(soft):
     model = tiny(soft_consistency=soft)
     model.net = Fake(lambda *_: (e, n, logit))
     found = model.losses(x, eps, M, M_a, t)
-    beta_t, beta_s = (torch.tensor(v).view(2, 1, 1, 1) for v in ([0.15, 1.0], [0.10, 0.95]))
-    x_t, x_s = ((1 - M) * x + b * M * eps + (1 - b) * M * x for b in (beta_t, beta_s))
+    beta_t, beta_prev = (torch.tensor(v).view(2, 1, 1, 1) for v in ([0.15, 1.0], [0.10, 0.95]))
+    x_t, x_prev = ((1 - M) * x + b * M * eps + (1 - b) * M * x for b in (beta_t, beta_prev))
     M_t = logit.sigmoid() if soft else (logit.sigmoid() > 0.5).float()
-    step = x_t - (beta_t - beta_s) * M_t * e + (beta_t - beta_s) * M_t * n
-    assert float(found["c"]) == pytest.approx(float(((step - x_s) ** 2).mean()), rel=1e-4)
+    step = x_t - (beta_t - beta_prev) * M_t * e + (beta_t - beta_prev) * M_t * n
+    assert float(found["c"]) == pytest.approx(float(((step - x_prev) ** 2).mean()), rel=1e-4)
     assert float(found["a"]) == pytest.approx(float(((e - eps) ** 2).mean()), rel=1e-5)
     assert float(found["n"]) == pytest.approx(float(tf.normal_loss(n, x)), rel=1e-5)
     assert float(found["m"]) == pytest.approx(float(tf.mask_loss(logit, M)), rel=1e-5)
@@ -242,7 +240,7 @@ def test_restoration_reports_the_error_and_the_last_mask():
     model.net = Fake(lambda x_t, M_a, t: (x_t, x_t - 0.2,
                                           torch.full_like(x_t[:, :1], float(t[0]))))
     steps, found = list(model.reverse_process(x)), model.restore(x)
-    assert torch.allclose(found.M_recon, ((x - steps[-1].x_s) / 2)[:, :1] ** 2, atol=1e-7)
+    assert torch.allclose(found.M_recon, ((x - steps[-1].x_prev) / 2)[:, :1] ** 2, atol=1e-7)
     assert float(found.M_recon.min()) > 1e-3
     assert float(found.M_last.mean()) == pytest.approx(1 / (1 + math.exp(-1)))
     assert float(found.M_disc.mean()) == pytest.approx(
@@ -293,7 +291,7 @@ def test_reverse_process_yields_every_step():
     steps = list(model.reverse_process(tf.forward_process(n, eps, M, 1.0)))
     assert [step.t for step in steps] == list(range(20, 0, -1))
     for step, following in zip(steps, steps[1:]):
-        assert torch.equal(step.x_s, following.x_t)
+        assert torch.equal(step.x_prev, following.x_t)
 
 
 def test_eq4_at_inference_uses_the_binary_mask():
@@ -315,7 +313,7 @@ def test_authors_restoration_starts_late_and_divides_by_one_more():
 @pytest.mark.parametrize("bad", [21, -1])
 def test_infer_steps_out_of_range(bad):
     with pytest.raises(ValueError, match="1 to 20"):
-        tiny().steps(bad)
+        tiny().path(bad)
 
 
 def test_reconstruction_error():
@@ -366,26 +364,6 @@ def test_positional_encoding():
     assert row.shape == (1, 1, 5, 7) and float(row[0, 0, 3, 6]) == pytest.approx(math.sin(3))
 
 
-def test_identity_initialisation_returns_the_input():
-    model = tiny()
-    model.net.start_from_identity()
-    x, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([3, 20])
-    _, n_t, logit = model(x, torch.zeros(2, 1, 16, 16), t)
-    assert torch.allclose(n_t, x, atol=1e-6) and 0 < logit.sigmoid().max() < 0.4
-
-
-@torch.no_grad()
-def test_identity_initialisation_starts_with_even_attention():
-    """At the size that inputs of attention reach in training, its logits stay around zero."""
-    model = tiny()
-    default = tf.Attention(128)
-    model.net.start_from_identity()
-    for attention, even in ((default, False), (model.net.middle.attn, True)):
-        C = attention.output.in_features
-        q, k, _ = attention.projection(10 * torch.randn(64, C)).chunk(3, dim=-1)
-        assert (float((q @ k.T * C ** -0.5).std()) < 1) == even
-
-
 def test_parameters_of_the_papers_network():
     count = sum(p.numel() for p in TransFusion(64, pe="row").parameters())
     assert round(count / 1e6, 1) == 54.6
@@ -406,79 +384,11 @@ def test_ablations_take_the_channel_out(pe, guide, channels):
 def test_heads_are_float32_and_batches_do_not_mix(bf16):
     model = tiny(bf16=bf16).eval()
     x, M_a, t = torch.randn(3, 3, 24, 16), torch.zeros(3, 1, 24, 16), torch.tensor([1, 9, 20])
-    together = model(x, M_a, t)
+    together = model.predict(x, M_a, t)
     assert all(head.dtype == torch.float32 for head in together)
-    alone = model(x[1:2], M_a[1:2], t[1:2])
+    alone = model.predict(x[1:2], M_a[1:2], t[1:2])
     for a, b in zip(together, alone):
         assert torch.allclose(a[1:2], b, atol=0.05 if bf16 else 1e-4)
-
-
-# ---------------------------------------------------------------- the authors' numbers
-
-def authors_state(channels=32):
-    """The fixture's weights, filled by the rule under which its numbers were computed."""
-    state = {}
-    keys = json.loads((HERE / f"authors_keys_ch{channels}.json").read_text())
-    for k, (name, (shape, kind)) in enumerate(keys.items()):
-        r = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + k))
-        if kind == "int64":
-            state[name] = torch.zeros(shape, dtype=torch.int64)
-        elif name.endswith(("running_var", "inv_freq")):
-            state[name] = torch.ones(shape)
-        elif len(shape) >= 2:
-            state[name] = r * r[0].numel() ** -0.5 * (0.1 if "projection" in name else 0.7)
-        else:
-            state[name] = 1 + 0.1 * r if name.endswith("weight") else 0.1 * r
-    return state
-
-
-@pytest.fixture(scope="module")
-def authors():
-    model = TransFusion(32, **AUTHORS).eval()
-    tf.load_authors_weights(model, authors_state())
-    with np.load(HERE / "authors_ch32.npz") as file:
-        return model, {name: torch.from_numpy(file[name]) for name in file.files}
-
-
-def test_authors_heads_and_one_reverse_step(authors):
-    model, want = authors
-    with torch.no_grad():
-        heads = model(want["x"], want["guide"], want["t"])
-        for got, name in zip(heads, ("anomaly", "normal", "mask_logit")):
-            assert torch.allclose(got, want[name], atol=1e-4), name
-        eps_t, n_t, logit = model.predict(want["x"], want["guide"], want["t"])
-    beta_t, beta_s = (model.beta[want["t"] - k][:, None, None, None] for k in (0, 1))
-    x_s = tf.reverse_step(want["x"], (logit > 0).float(), eps_t, n_t, beta_t, beta_s)
-    assert torch.allclose(x_s, want["x_prev"], atol=1e-4)
-
-
-def test_authors_whole_restoration(authors):
-    model, want = authors
-    result = model.restore(want["loop_x"])
-    assert torch.allclose(result.M_disc, want["loop_m_disc"], atol=1e-4)
-    assert torch.allclose(result.x_0, want["loop_x0"], atol=1e-4)
-
-
-def test_authors_names_at_the_released_size():
-    keys = json.loads((HERE / "authors_keys_ch64.json").read_text())
-    ours = {tf.authors_name(name): list(value.shape)
-            for name, value in TransFusion(64, **AUTHORS).net.state_dict().items()}
-    theirs = {name: shape for name, (shape, _) in keys.items() if not name.endswith("inv_freq")}
-    assert ours == theirs
-
-
-def test_weights_that_do_not_fit_are_refused_by_name():
-    model, state = TransFusion(32, **AUTHORS), authors_state()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    del state["model.final.bias"]
-    state["model.surplus"] = torch.zeros(1)
-    state["model.norm.weight"] = torch.zeros(7)
-    with pytest.raises(ValueError) as caught:
-        tf.load_authors_weights(model, state)
-    for part in ("missing: model.final.bias", "not known: model.surplus",
-                 "model.norm.weight is [7], not [32]"):
-        assert part in str(caught.value)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 # ---------------------------------------------------------------- the other device
@@ -486,18 +396,18 @@ def test_weights_that_do_not_fit_are_refused_by_name():
 def test_one_code_path_for_cuda():
     """Forward, losses, restoration and anomalies with cuda as the device, without a GPU."""
     rng = np.random.default_rng(0)
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
         textures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
         foreground, opaque = torch.ones(4, 1, 32, 32), torch.zeros(4, dtype=torch.bool)
         for bf16, kw in ((False, {}), (True, AUTHORS)):
             model = TransFusion(8, bf16=bf16, **kw)
             for _ in range(20):                                     # all of the ten operations
-                images, foreground = perlin.rotate_batch(images, foreground, 90, rng)
+                images, foreground = perlin.rotate_batch(images, foreground, 90, rng, bool(kw))
                 images = perlin.change_light(images, 0.1, rng)
                 made = perlin.synthesize(images, foreground, textures, opaque, rng)
-            x = perlin.scale(images)
-            losses = model.losses(x, made.eps, made.M, made.M_a, torch.ones(4, dtype=torch.int64))
+            x, eps = data.scale(images), data.scale(made.A) * made.M
+            losses = model.losses(x, eps, made.M, made.M_a, torch.ones(4, dtype=torch.int64))
             result = model.restore(x, 2)
             M_final = tf.final_mask(result.M_disc, result.M_recon)
             for tensor in (*losses.values(), *result, *made, M_final, tf.anomaly_score(M_final)):
@@ -519,4 +429,5 @@ def test_recomputed_activations_give_the_same_gradients():
 
 def test_attention_spelled_out_is_torchs():
     q, k, v = torch.randn(3, 2, 1, 20, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    assert torch.allclose(tf.attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(tf.attend(q, k, v), want, atol=1e-6)

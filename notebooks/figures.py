@@ -1,13 +1,12 @@
-"""What the notebooks share: finding a run, the paper's tables, drawing images and maps.
+"""What the notebooks share: finding a run, drawing images and maps, failure cases.
 
-The notebooks load and plot; what they need beyond that is here or in the module that owns it.
+The notebooks load and plot; what they need beyond that is here, in tables.py, or in the module that
+owns it.
 """
-import csv
 import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +19,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import demo
-import perlin
 import train
-from data import InputError
+from data import scale
+from evaluate import final_maps, image_scores, over_grey
 from runs import Source, load_model, load_source
-from score import final_maps, image_scores, over_grey
-from settings import Settings
+from settings import InputError, Settings
+from tables import find_runs
 from transfusion import Restoration, TransFusion
 
-HERE = Path(__file__).parent
 # The run a notebook makes where there is none: a minute or two on two cores.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--batch", "8",
          "--steps", "300", "--name", "notebook"]
@@ -56,17 +54,11 @@ class Run:
 
     def images(self, indices) -> Tensor:
         """Test images [B, 3, H, W] in [-1, 1]."""
-        return perlin.scale(self.source.test[list(indices)])
+        return scale(self.source.test[list(indices)])
 
     def restore(self, indices) -> Restoration:
-        """The restoration of some test images."""
-        return self.model.restore(self.images(indices))
-
-
-def find_runs(name: str, runs: str) -> list[Path]:
-    """Finished runs of a data set under the default names, one a category."""
-    return [p.parent for p in sorted((Path(runs) / name).glob("*/metrics.json"))
-            if json.loads((p.parent / "config.json").read_text())["name"] in ("", "notebook")]
+        """The restoration of some test images, in as many network calls as the run's scores."""
+        return self.model.restore(self.images(indices), self.s.infer_steps)
 
 
 def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
@@ -98,116 +90,6 @@ def image_auroc(run: Run, **scoring) -> float:
     return float(roc_auc_score(run.source.category.labels, image_scores(M_final)))
 
 
-# ---------------------------------------------------------------- tables
-
-def paper_table(name: str) -> list[dict[str, str]]:
-    """A published table, notebooks/paper/NAME.csv, its first line (what it is) left out."""
-    with open(HERE / "notebooks" / "paper" / f"{name}.csv", newline="") as file:
-        next(file)
-        return list(csv.DictReader(file))
-
-
-def our_metrics(name: str, runs: str) -> dict[str, dict]:
-    """metrics.json of every category of a data set: from `runs`, else from results/runs.csv (the
-    first seed listed)."""
-    found = {}
-    with open(HERE / "results" / "runs.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["data"] == name and "--name" not in row["command"]:
-                found.setdefault(row["category"], {k: float(row[k]) for k in
-                                                   ("image_auroc", "aupro", "pixel_auroc",
-                                                    "pixel_ap") if row[k]})
-    for folder in find_runs(name, runs):
-        metrics = json.loads((folder / "metrics.json").read_text())
-        found[metrics["category"]] = metrics
-    return found
-
-
-class Table:
-    """Rows of text under a title, shown as HTML by Jupyter and as text elsewhere."""
-
-    def __init__(self, title: str, columns: list[str], rows: list[list]):
-        self.title, self.columns = title, columns
-        self.rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
-
-    def _repr_html_(self) -> str:
-        def cells(row, tag):
-            return "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
-        body = "".join(f"<tr>{cells(map(render, row), 'td')}</tr>" for row in self.rows)
-        return (f"<table><caption>{escape(self.title)}</caption>"
-                f"<tr>{cells(map(escape, self.columns), 'th')}</tr>{body}</table>")
-
-    def __repr__(self) -> str:
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(self.columns))]
-        return "\n".join([self.title] + ["  ".join(c.rjust(w) for c, w in zip(line, widths))
-                                         for line in lines])
-
-
-def ablation_runs(runs: str) -> list[list[dict]]:
-    """The rows of every table4-*.csv of ablations.py under `runs`, and in results/."""
-    files = {path.name: path for folder in (HERE / "results", Path(runs) / "ablations")
-             for path in sorted(folder.glob("table4-*.csv"))}
-    found = []
-    for path in files.values():
-        with open(path, newline="") as file:
-            found.append(list(csv.DictReader(file)))
-    return found
-
-
-def table4(rows: list[dict]) -> Table:
-    """Table 4 with the rows of `ablations.py` (of one category) beside the paper's.
-
-    Differences to the full model in percentage points, image AUROC (det) and AUPRO (loc). Ours are
-    to the mean over the full model's seeds, whose standard deviation says what is noise; those of
-    another final mask to the same model (the first seed), so there is no such noise in them.
-    """
-    def values(condition: str, key: str) -> np.ndarray:
-        return 100 * np.array([float(r[key]) for r in rows if r["condition"] == condition])
-
-    full = {key: values("full model", key) for key in ("image_auroc", "aupro")}
-    table = []
-    for paper in paper_table("table4_ablations"):
-        cells = [paper[k] for k in ("mvtec_det", "mvtec_loc", "visa_det", "visa_loc")]
-        for key, seeds in full.items():
-            found = values(paper["condition"], key)
-            base = seeds[0] if paper["group"] == "final mask" else seeds.mean()
-            cells.append(f"{seeds.mean():.1f} ± {seeds.std(ddof=1):.1f}" if not paper["flag"] else
-                         f"{found[0] - base:+.1f}" if len(found) else "not run")
-        table.append([paper["group"], paper["condition"], *cells, paper["flag"]])
-    return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} "
-                 f"{rows[0]['category']}, {rows[0]['step']} training steps",
-                 ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc",
-                  "ours det", "ours loc", "flag"], table)
-
-
-MARKS = ("**", "__", "//")                          # first, second and third of a row
-
-
-def render(cell: str) -> str:
-    for mark, tag in zip(MARKS, ("b", "u", "i")):
-        if len(cell) > 4 and cell.startswith(mark) and cell.endswith(mark):
-            return f"<{tag}>{escape(cell[2:-2])}</{tag}>"
-    return escape(cell)
-
-
-def mark_best(cells: list[str]) -> list[str]:
-    """Numbers of one row with the first, second and third marked; equal values share a place."""
-    ranked = sorted({float(c) for c in cells if c not in ("", None)}, reverse=True)[:3]
-    places = dict(zip(ranked, MARKS))
-    return [f"{places[float(c)]}{c}{places[float(c)]}" if c and float(c) in places else c or ""
-            for c in cells]
-
-
-def percent(value: float | None) -> str:
-    return "not run" if value is None else f"{100 * value:.1f}"
-
-
-def difference(ours: float | None, published: str) -> str:
-    """Ours (a fraction) less a published value (in %), in percentage points."""
-    return "" if ours is None or not published else f"{100 * ours - float(published):+.1f}"
-
-
 # ---------------------------------------------------------------- pictures
 
 def show(axis: Axes, picture, title: str = "", top: float | None = None) -> None:
@@ -219,8 +101,7 @@ def show(axis: Axes, picture, title: str = "", top: float | None = None) -> None
         axis.imshow(picture.squeeze(0) if picture.ndim == 3 else picture, cmap="inferno", vmin=0,
                     vmax=1 if top is None else top)
     axis.set_title(title, fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
 
 
 def overlay(axis: Axes, image: Tensor, M: np.ndarray, title: str = "", top: float = 1.0) -> None:
@@ -228,8 +109,7 @@ def overlay(axis: Axes, image: Tensor, M: np.ndarray, title: str = "", top: floa
     picture = (image.permute(1, 2, 0).numpy() / 2 + 0.5) * 255
     axis.imshow(over_grey(picture, np.asarray(M), top) / 255)
     axis.set_title(title, fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
 
 
 def truth_of(run: Run, k: int) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Scores a model on a test set: restorations, maps, metrics, the threshold, the picture.
+"""A model on a test set: restorations, maps, scores, thresholds, and the results of a run.
 
 Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies between.
 """
 import math
-import platform
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,12 +17,20 @@ from tqdm import tqdm
 
 import data
 import metrics
-import perlin
-from data import InputError
 from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
                   steps_per_epoch)
-from settings import Settings
+from settings import InputError, Settings, hardware
 from transfusion import TransFusion, anomaly_score, final_mask
+
+
+# ---------------------------------------------------------------- restorations and maps
+
+def network_calls(model: TransFusion, s: Settings) -> int:
+    """How many network calls a restoration makes. Raises InputError if the schedule has fewer."""
+    try:
+        return len(model.path(s.infer_steps)) - 1
+    except ValueError as error:
+        raise InputError(f"--infer-steps {s.infer_steps}: {error}")
 
 
 def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
@@ -32,12 +40,12 @@ def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
     with tqdm(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
         for start in range(0, len(indices), s.eval_batch):
             chosen = indices[start:start + s.eval_batch]
-            x = perlin.scale(images[chosen].to(device))
+            x = data.scale(images[chosen].to(device))
             yield slice(start, start + len(chosen)), model.restore(x, s.infer_steps)
             bar.update(len(chosen))
 
 
-def room(shape: tuple[int, ...], s: Settings) -> np.ndarray:
+def new_maps(shape: tuple[int, ...], s: Settings) -> np.ndarray:
     """An array for maps, float32: in memory, or above the memory limit in an unnamed file."""
     if 4 * math.prod(shape) <= s.memory_gb * 1e9:
         return np.empty(shape, np.float32)
@@ -47,7 +55,7 @@ def room(shape: tuple[int, ...], s: Settings) -> np.ndarray:
 def raw_maps(model: TransFusion, images: data.Images, indices,
              s: Settings) -> dict[str, np.ndarray]:
     """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
-    maps = {name: room((len(indices), s.crop, s.crop), s)
+    maps = {name: new_maps((len(indices), s.crop, s.crop), s)
             for name in ("M_disc", "M_recon", "M_last")}
     for place, restored in restore_all(model, images, indices, s):
         for name in maps:
@@ -63,7 +71,7 @@ def final_maps(maps: dict[str, np.ndarray], s: Settings, side: int = 0) -> np.nd
     lam = {"combined": s.lam, "recon": 0.0}.get(s.final_mask, 1.0)
     first = "M_last" if s.final_mask == "last" else "M_disc"
     N, H, W = maps[first].shape
-    final = room((N, side or H, side or W), s)
+    final = new_maps((N, side or H, side or W), s)
     for start in range(0, N, 64):
         place = slice(start, start + 64)
         M_disc, M_recon = (torch.tensor(maps[name][place])[:, None]
@@ -88,13 +96,24 @@ def image_scores(M_final: np.ndarray) -> np.ndarray:
 
 
 def score(model: TransFusion, s: Settings, source: Source):
-    """Restore and score the test set: metrics, raw maps, image scores, seconds an image."""
-    start = time.perf_counter()
+    """Restore and score the test set: metrics, raw maps, image scores."""
     maps = raw_maps(model, source.test, range(len(source.test)), s)
-    seconds = (time.perf_counter() - start) / len(source.test)
-    found, scores = score_maps(maps, source.category.labels, source.masks, s)
-    return found, maps, scores, seconds
+    return *score_maps(maps, source.category.labels, source.masks, s), maps
 
+
+def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> float:
+    """Time to restore one image alone (Table 5): the median of five after one to warm up."""
+    device, times = next(model.parameters()).device, []
+    model.eval()
+    for k in range(6):
+        x = data.scale(images[[k % len(images)]].to(device))
+        start = time.perf_counter()
+        model.restore(x, s.infer_steps).x_0.cpu()              # waits for the device
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+# ---------------------------------------------------------------- thresholds
 
 KEPT = 0.1                               # share of the normal pixels' scores kept: the largest
 
@@ -111,7 +130,7 @@ def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | Non
     pixels = torch.from_numpy(M_final).flatten()
     return {"images": image_scores(M_final).tolist(), "pixel_count": len(pixels),
             "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values.clone(),
-            "infer_steps": len(model.steps(s.infer_steps)) - 1}
+            "infer_steps": network_calls(model, s)}
 
 
 def thresholds(normal: dict, s: Settings) -> tuple[metrics.Threshold, metrics.Threshold]:
@@ -136,7 +155,8 @@ def in_words(image: metrics.Threshold, count: int) -> str:
             f"{100 * image.high:.1f} % is plausible)")
 
 
-def against_normal(normal: dict | None, s: Settings, labels: np.ndarray, scores: np.ndarray) -> dict:
+def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
+                   scores: np.ndarray) -> dict:
     """The thresholds from the held-out normal images, and what the first does on the test set.
 
     image_auroc_held_out: the image AUROC with these images in place of the test set's good ones. It
@@ -162,17 +182,20 @@ def against_normal(normal: dict | None, s: Settings, labels: np.ndarray, scores:
     return found
 
 
+# ---------------------------------------------------------------- the results of a run
+
 def write_results(folder: Path, model: TransFusion, s: Settings, source: Source, progress: dict,
                   normal: dict | None, suffix: str = "") -> dict:
     """Score the model and write metrics[suffix].json; without a suffix the other files too."""
-    found, maps, scores, seconds = score(model, s, source)
+    found, scores, maps = score(model, s, source)
     found.update(against_normal(normal, s, source.category.labels, scores))
     per_epoch = steps_per_epoch(s, source)
     found.update(data=source.category.data, category=s.category, preset=s.preset, seed=s.seed,
                  step=progress["step"], epoch=math.ceil(progress["step"] / per_epoch),
-                 seconds_train=round(progress["seconds"], 1), seconds_per_image=seconds,
-                 infer_steps=len(model.steps(s.infer_steps)) - 1, precision=s.precision,
-                 device=s.device, hardware=hardware(s), torch=torch.__version__)
+                 seconds_train=round(progress["seconds"], 1),
+                 seconds_per_image=seconds_per_image(model, s, source.test),
+                 infer_steps=network_calls(model, s), precision=s.precision,
+                 device=s.device, hardware=hardware(s.device), torch=torch.__version__)
     if not suffix:
         save_csv(folder / "scores.csv",
                  [{"file": item.path.relative_to(source.category.root).as_posix(),
@@ -185,13 +208,7 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
     return found
 
 
-def hardware(s: Settings) -> str:
-    if s.device.startswith("cuda"):
-        return torch.cuda.get_device_name(s.device)
-    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] \
-        if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return f"{found[0] if found else platform.machine()}, {torch.get_num_threads()} threads"
-
+# ---------------------------------------------------------------- the picture of a run
 
 def over_grey(image: np.ndarray, M: np.ndarray, top: float) -> np.ndarray:
     """A map [H, W] in colours from 0 to `top` over the grey image [H, W, 3]; both in 0..255."""
@@ -230,8 +247,7 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
             row[4].imshow(truth, cmap="gray", vmin=0, vmax=1)
         row[0].set_ylabel(f"{items[k].defect}\n{items[k].path.stem}", fontsize=8)
         for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     figure.colorbar(shade, ax=axes, location="bottom", shrink=0.4, aspect=30, pad=0.01,

@@ -1,6 +1,6 @@
 """Where the time goes on this machine: training, restoration, scoring, reading.
 
-    python bench.py --preset cpu --json bench.json
+    python tools/bench.py --preset cpu --json bench.json
 
 One table: seconds (median after warm-up), GFLOP (of convolutions and matrix products), GFLOP/s, and
 their share of what a large matrix product reaches here in the same run and precision.
@@ -8,7 +8,6 @@ their share of what a large matrix product reaches here in the same run and prec
 import argparse
 import dataclasses
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -19,32 +18,32 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
+
 import data
 import demo
 import metrics
 import train
-from data import exit_status
 from runs import load_source, save_csv, save_json, steps_per_epoch
-from score import hardware
-from settings import PRESETS, Settings, fast_bf16, pick_device
+from settings import Settings, exit_status, hardware, parse
 from transfusion import TransFusion
 
 
-def seconds(work, device: torch.device, repeats: int) -> float:
-    """Median time of work() after one call to warm up."""
+def seconds(timed, device: torch.device, repeats: int) -> float:
+    """Median time of timed() after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        work()
+        timed()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
-def gflop(work) -> float:
+def gflop(counted) -> float:
     with FlopCounterMode(display=False) as counter:
-        work()
+        counted()
     return counter.get_total_flops() / 1e9
 
 
@@ -57,8 +56,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float
 
 def peak_gb(s: Settings, training: bool) -> float:
     """Peak memory of one training step, or of restoring one batch in two calls: of the GPU, or
-    resident, with what Python and torch themselves take. In a process of its own, as a process
-    remembers only its highest peak."""
+    resident (on Linux), with what Python and torch themselves take. In a process of its own, as a
+    process remembers only its highest peak."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(use_memory, (s, training))
 
@@ -68,18 +67,17 @@ def use_memory(s: Settings, training: bool) -> float:
     model = train.start_model(s, "")
     x = torch.zeros(s.batch, 3, s.crop, s.crop, device=device)
     if training:
-        optimizer, ema = train.make_optimizer(model, s)
+        optimizer = train.make_optimizer(model, s)
         M = torch.ones_like(x[:, :1])
         t = torch.full((s.batch,), model.last_step, device=device)
-        train.train_step(train.TrainingPass(model, ""), ema, optimizer, (x, x, M, M, t), s, 0.0)
+        model.losses(x, x, M, M, t)["loss"].backward()
+        optimizer.step()
     else:
         model.eval().restore(x, 2)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")            # ru_maxrss begins with the parent's on Linux
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    status = Path("/proc/self/status").read_text()      # ru_maxrss begins with the parent's
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
 def memory_rows(s: Settings) -> list[dict]:
@@ -97,29 +95,35 @@ def memory_rows(s: Settings) -> list[dict]:
 def training_rows(s: Settings, source, model: TransFusion, repeats: int) -> list[dict]:
     """A training step and its parts."""
     device = torch.device(s.device)
-    optimizer, ema = train.make_optimizer(model, s)
-    losses_of = train.training_pass(model, s)
-    batch = train.make_batch(s, source, model.last_step, 0, device)
+    optimizer, average = train.make_optimizer(model, s), train.make_average(model, s)
 
-    def forward():
-        return losses_of(*batch)["loss"]
+    def generate():
+        return train.make_batch(s, source, model.last_step, 0, device)
 
-    def both():
-        forward().backward()
+    batch = generate()
+
+    def forward(batch=batch):
+        return model.losses(*batch)["loss"]
+
+    def both(batch=batch):
+        optimizer.zero_grad()
+        forward(batch).backward()
 
     def update():
         optimizer.step()
-        if ema:
-            ema.update_parameters(model)
+        if average:
+            average.update_parameters(model)
+
+    def whole():
+        both(generate())
+        update()
 
     model.train()
     forward_gflop, both_gflop = gflop(forward), gflop(both)
-    generate = seconds(lambda: train.make_batch(s, source, model.last_step, 0, device), device,
-                       repeats)
     ahead, through = seconds(forward, device, repeats), seconds(both, device, repeats)
-    step = seconds(lambda: train.train_step(losses_of, ema, optimizer, train.make_batch(
-        s, source, model.last_step, 0, device), s, 0.0), device, repeats)
-    return [row("anomaly generation", generate), row("forward and losses", ahead, forward_gflop),
+    step = seconds(whole, device, repeats)
+    return [row("anomaly generation", seconds(generate, device, repeats)),
+            row("forward and losses", ahead, forward_gflop),
             row("backward", through - ahead, both_gflop - forward_gflop),
             row("optimiser and average", seconds(update, device, repeats)),
             row(f"training step, batch {s.batch}", step, both_gflop),
@@ -131,8 +135,8 @@ def restoration_rows(s: Settings, model: TransFusion, repeats: int) -> list[dict
     device, rows = torch.device(s.device), []
     model.eval()
 
-    def measure(what: str, batch: int, work) -> dict:
-        return row(what, seconds(work, device, repeats) / batch, gflop(work) / batch)
+    def measure(what: str, batch: int, restore) -> dict:
+        return row(what, seconds(restore, device, repeats) / batch, gflop(restore) / batch)
 
     for batch in (1, 4, 16):
         x = torch.zeros(batch, 3, s.crop, s.crop, device=device)
@@ -155,7 +159,7 @@ def cost_rows(s: Settings, repeats: int) -> list[dict]:
             x = torch.zeros(4, 3, at["crop"], at["crop"], device=device)
             taken = seconds(lambda: model.restore(x, at["calls"]), device, repeats) / len(x)
             rows.append({"varied": varied, **at, "seconds_per_image": f"{taken:.5f}",
-                         "precision": s.precision, "hardware": hardware(s)})
+                         "precision": s.precision, "hardware": hardware(s.device)})
     return rows
 
 
@@ -190,38 +194,28 @@ def print_table(rows: list[dict], rate: float) -> None:
               f"{'' if share is None else '%'}")
 
 
-def bench(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description="Time training, restoration and scoring.")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="default: cpu")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description="Time training, restoration and scoring.",
+        epilog="Any flag of train.py, too: --preset (here cpu), --device, --precision, --resize ...")
     parser.add_argument("--repeats", type=int, default=5, help="median over so many (default 5)")
-    parser.add_argument("--root", default="data", help="where the demo data is, or is drawn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--cost", type=Path, metavar="FILE",
                         help="write how an image's time grows with size, width and calls, as CSV")
     parser.add_argument("--memory", action="store_true", help="peak memory by batch and size, too")
-    for name in ("channels", "crop", "batch"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    flags = parser.parse_args(argv)
-    device = pick_device(flags.device)
-    precision = flags.precision
-    if precision == "auto":
-        precision = "bf16" if fast_bf16(device) else "float32"
-    given = {k: getattr(flags, k) for k in ("channels", "crop", "batch") if getattr(flags, k)}
-    if "crop" in given:
-        given["resize"] = given["crop"]
-    demo.write(Path(flags.root) / "demo", "gear")
-    s = Settings(**{**PRESETS[flags.preset], **given, "preset": flags.preset, "root": flags.root,
-                    "category": "gear", "device": str(device), "precision": precision})
-    rate = matmul_rate(device, {"bf16": torch.bfloat16}.get(precision, torch.float32),
-                       flags.repeats)
+    flags, others = parser.parse_known_args(argv)
+    s, _ = parse(["--category", "gear", "--preset", "cpu", "--root", "data", *others])
+    demo.write(Path(s.root) / "demo", "gear")
+    rate = matmul_rate(torch.device(s.device), torch.bfloat16 if s.precision == "bf16" else
+                       torch.float32, flags.repeats)
     source, model = load_source(s), train.start_model(s, "")
     rows = training_rows(s, source, model, flags.repeats)
     rows += restoration_rows(s, model, flags.repeats)
     rows += scoring_rows(s, source.category, flags.repeats)
-    print(f"{flags.preset} preset: {s.channels} channels, {s.crop} px, {precision}; "
-          f"{hardware(s)}; matrix product {rate:.0f} GFLOP/s")
+    print(f"{s.preset} preset: {s.channels} channels, {s.crop} px, {s.precision}; "
+          f"{hardware(s.device)}; matrix product {rate:.0f} GFLOP/s")
     print_table(rows, rate)
     memory = memory_rows(s) if flags.memory else []
     if memory:
@@ -234,13 +228,9 @@ def bench(argv: list[str] | None) -> None:
     if flags.json:
         save_json(flags.json, {
             "settings": dataclasses.asdict(dataclasses.replace(s, root="")),
-            "hardware": hardware(s), "torch": torch.__version__,
+            "hardware": hardware(s.device), "torch": torch.__version__,
             "python": platform.python_version(), "matmul_gflop_per_second": rate,
             "rows": rows, "memory": memory})
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_status(lambda: bench(argv))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Published data sets, fetched, verified and unpacked; or the check of any folder of images.
 
-    python download.py mvtec|visa|dtd|btad [--root DIR]    |    python download.py --check DIR
+    python tools/download.py mvtec|visa|dtd|btad [--root DIR]
+    python tools/download.py --check DIR
 """
 import argparse
-import csv
 import errno
 import fcntl
 import hashlib
@@ -24,8 +24,10 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
+
 import data
-from data import InputError
+from settings import InputError, exit_status
 
 ATTEMPTS = 5                    # requests in one call
 PAUSE, TIMEOUT = 3.0, 60.0      # seconds between requests, and without a byte
@@ -260,9 +262,6 @@ def entries(archive: Path, folder: Path) -> Iterator[tuple[str, int, bool, Calla
 
 # ---------------------------------------------------------------- listing and checking
 
-Row = tuple[Path, str, Path | None]         # image; "train", "good" or "bad"; mask where bad
-
-
 def shortfalls(name: str, folder: Path) -> list[str]:
     """What sets a data set's folder apart from the published one, by its listing: a line each."""
     if name == "dtd":
@@ -272,62 +271,32 @@ def shortfalls(name: str, folder: Path) -> list[str]:
     paths = [folder / category for category in data.CATEGORIES[name]]
     if name == "btad":
         return [f"{path}: missing" for path in paths if not data.is_category(path)]
-    return [line for path in paths for line in listing(path)[1]]
+    return [line for path in paths for line in listing(path).faults]
 
 
-def listing(path: Path) -> tuple[list[Row], list[str]]:
-    """The images of a category that are there, and what is wrong with the listing, a line each."""
+def listing(path: Path) -> data.Category:
+    """A category as data.py reads it, whose faults are also masks alone and other counts than those
+    published."""
     try:
-        listed = visa_rows(path) if (path / "Data" / "Images").is_dir() else mvtec_rows(path)
+        found = data.read_category("", path.name, path, annotated=path.name in PUBLISHED)
     except InputError as error:
-        return [], [str(error)]
-    rows, wrong = [], []
-    for image, kind, mask in listed:
-        if mask and not mask.is_file():
-            wrong.append(f"{image}: no mask for it")
-        if image.is_file():
-            rows.append((image, kind, mask if mask and mask.is_file() else None))
-        else:
-            wrong.append(f"{image}: in VisA's table, but not there")
+        return data.Category("", path.name, path, [], faults=[str(error)])
     masks = {mask for folder in (*path.glob("Data/Masks/*"), *path.glob("ground_truth/*"))
              if folder.name not in data.GOOD for mask in data.list_images(folder)}
-    wrong += [f"{mask}: a mask without its image"
-              for mask in sorted(masks - {mask for _, _, mask in listed})]
-    kinds = [kind for _, kind, _ in rows]
-    counts = "/".join(str(kinds.count(kind)) for kind in ("train", "good", "bad"))
-    if "train" not in kinds:
-        wrong.append(f"{path}: no training images")
+    for mask in sorted(masks - {item.mask for item in found.test}):
+        if not any(line.startswith(f"{mask}: ") for line in found.faults):
+            found.faults.append(f"{mask}: a mask without its image")
+    counts = "/".join(map(str, counts_of(found)))
     if counts != PUBLISHED.get(path.name, counts):
-        wrong.append(f"{path}: {counts} images for training / good / defective, published are "
-                     f"{PUBLISHED[path.name]}")
-    return rows, wrong
+        found.faults.append(f"{path}: {counts} images for training / good / defective, published "
+                            f"are {PUBLISHED[path.name]}")
+    return found
 
 
-def mvtec_rows(path: Path) -> list[Row]:
-    """The files of a category in MVTec AD's layout; masks may be absent, whole or in part."""
-    rows = [(image, "train", None) for good in data.GOOD
-            for image in data.list_images(path / "train" / good)]
-    annotated = (path / "ground_truth").is_dir() or path.name in PUBLISHED
-    for folder in sorted(p for p in path.glob("test/*") if p.is_dir()):
-        good, truth = folder.name in data.GOOD, path / "ground_truth" / folder.name
-        masks = {p.stem.removesuffix("_mask"): p for p in data.list_images(truth)}
-        rows += [(image, "good" if good else "bad", None if good or not annotated else
-                  masks.get(image.stem, truth / f"{image.stem}_mask.png"))
-                 for image in data.list_images(folder)]
-    return rows
-
-
-def visa_rows(path: Path) -> list[Row]:
-    """What VisA's table says of a category. Raises InputError for a table that cannot be read."""
-    root, table = path.parent, path.parent / "split_csv" / "1cls.csv"
-    try:
-        with open(table, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["object"] == path.name]
-        return [(root / row["image"], "train" if row["split"] == "train" else
-                 "good" if row["label"] == "normal" else "bad",
-                 None if row["label"] == "normal" else root / row["mask"]) for row in rows]
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{table}: not there, or not VisA's split ({error!r})")
+def counts_of(category: data.Category) -> tuple[int, int, int]:
+    """Its images for training, good for the test, defective for the test."""
+    defective = sum(item.label for item in category.test)
+    return len(category.train), len(category.test) - defective, defective
 
 
 def check(folder: Path) -> int:
@@ -343,18 +312,20 @@ def check(folder: Path) -> int:
     width, wrong = max(map(len, names)), []
     print(f"{'category':{width}}   train  test good  defective  masks  width x height")
     for name, path in zip(names, paths):
-        rows, faults = listing(path)
-        sizes, kinds = set(), [kind for _, kind, _ in rows]
-        with tqdm(rows, name, unit="image", leave=False) as bar:
-            for image, _, mask in bar:
+        found = listing(path)
+        faults, sizes, masks = found.faults, set(), [item.mask for item in found.test if item.mask]
+        pairs = [(image, None) for image in found.train] + [(item.path, item.mask)
+                                                            for item in found.test]
+        with tqdm(pairs, name, unit="image", leave=False) as bar:
+            for image, mask in bar:
                 size, other = read_size(image, faults), read_size(mask, faults)
                 sizes |= {size} - {None}
                 if size and other and size != other:
                     faults.append(f"{mask}: {other[0]} x {other[1]} pixels, its image "
                                   f"{size[0]} x {size[1]}")
         spans = [f"{min(s)}-{max(s)}" if min(s) < max(s) else str(min(s)) for s in zip(*sizes)]
-        print(f"{name:{width}}  {kinds.count('train'):6}  {kinds.count('good'):9}  "
-              f"{kinds.count('bad'):9}  {sum(mask is not None for _, _, mask in rows):5}  "
+        train, good, defective = counts_of(found)
+        print(f"{name:{width}}  {train:6}  {good:9}  {defective:9}  {len(masks):5}  "
               f"{' x '.join(spans)}")
         wrong += [fault for fault in faults if fault not in wrong]      # a table is of them all
     print("\n".join(["", *wrong, f"faults: {len(wrong)}" if wrong else "nothing is wrong"]))
@@ -380,7 +351,9 @@ def read_size(path: Path | None, faults: list[str]) -> tuple[int, int] | None:
 
 # ---------------------------------------------------------------- the command line
 
-def command(argv: list[str] | None) -> int:
+@exit_status
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 1 for faults, 2 for a mistake, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description="Fetch a published data set, or check a folder.")
     parser.add_argument("data", nargs="?", choices=list(SOURCES), help="data set to fetch")
     parser.add_argument("--root", metavar="DIR", type=Path, default=data.root_folder(),
@@ -397,11 +370,6 @@ def command(argv: list[str] | None) -> int:
         raise InputError(f"{error}" + "; free some space and run this again" * full)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted" + "; run this again to go on" * (not args.check))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 1 for faults, 2 for a mistake, 130 for Ctrl-C."""
-    return data.exit_status(lambda: command(argv))
 
 
 if __name__ == "__main__":

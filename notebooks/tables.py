@@ -1,0 +1,133 @@
+"""The tables of the notebooks: the paper's, ours, and Table 4's differences. No pictures."""
+import csv
+import json
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+
+
+def find_runs(name: str, runs: str) -> list[Path]:
+    """Finished runs of a data set under the default names, one a category."""
+    return [p.parent for p in sorted((Path(runs) / name).glob("*/metrics.json"))
+            if json.loads((p.parent / "config.json").read_text())["name"] in ("", "notebook")]
+
+
+def paper_table(name: str) -> list[dict[str, str]]:
+    """A published table, notebooks/paper/NAME.csv, its first line (what it is) left out."""
+    with open(HERE / "paper" / f"{name}.csv", newline="") as file:
+        next(file)
+        return list(csv.DictReader(file))
+
+
+def our_metrics(name: str, runs: str) -> dict[str, dict]:
+    """metrics.json of every category of a data set: from `runs`, else from results/runs.csv (the
+    first seed listed)."""
+    found = {}
+    with open(HERE.parent / "results" / "runs.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["data"] == name and "--name" not in row["command"]:
+                found.setdefault(row["category"], {k: float(row[k]) for k in
+                                                   ("image_auroc", "aupro", "pixel_auroc",
+                                                    "pixel_ap") if row[k]})
+    for folder in find_runs(name, runs):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        found[metrics["category"]] = metrics
+    return found
+
+
+class Table:
+    """Rows of text under a title, shown as HTML by Jupyter and as text elsewhere."""
+
+    def __init__(self, title: str, columns: list[str], rows: list[list]):
+        self.title, self.columns = title, columns
+        self.rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
+
+    def _repr_html_(self) -> str:
+        def cells(row, tag):
+            return "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
+        body = "".join(f"<tr>{cells(map(render, row), 'td')}</tr>" for row in self.rows)
+        return (f"<table><caption>{escape(self.title)}</caption>"
+                f"<tr>{cells(map(escape, self.columns), 'th')}</tr>{body}</table>")
+
+    def __repr__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(self.columns))]
+        return "\n".join([self.title] + ["  ".join(c.rjust(w) for c, w in zip(line, widths))
+                                         for line in lines])
+
+
+def ablation_runs(runs: str) -> list[list[dict]]:
+    """The rows of every table4-*.csv of tools/ablations.py under `runs` or in results/, a list a
+    category, and of all categories together for a data set that has several."""
+    files = {path.name: path for folder in (HERE.parent / "results", Path(runs) / "ablations")
+             for path in sorted(folder.glob("table4-*.csv"))}
+    found, by_data = [], {}
+    for path in files.values():
+        with open(path, newline="") as file:
+            found.append(list(csv.DictReader(file)))
+        by_data.setdefault(found[-1][0]["data"], []).append(found[-1])
+    return found + [sum(each, []) for each in by_data.values() if len(each) > 1]
+
+
+def table4(rows: list[dict]) -> Table:
+    """Table 4 with the rows of tools/ablations.py beside the paper's.
+
+    Differences to the full model in percentage points, image AUROC (det) and AUPRO (loc), of
+    several categories their average. Ours are to the mean over the full model's seeds, whose
+    standard deviation says what is noise; those of another final mask to the same model (the first
+    seed), so there is no such noise in them.
+    """
+    def values(condition: str, key: str) -> np.ndarray:
+        """In %, a value a seed, averaged over the categories."""
+        seeds = {}
+        for r in rows:
+            if r["condition"] == condition:
+                seeds.setdefault(r["seed"], []).append(100 * float(r[key]))
+        return np.array([np.mean(each) for each in seeds.values()])
+
+    full = {key: values("full model", key) for key in ("image_auroc", "aupro")}
+    table = []
+    for paper in paper_table("table4_ablations"):
+        cells = [paper[k] for k in ("mvtec_det", "mvtec_loc", "visa_det", "visa_loc")]
+        for key, seeds in full.items():
+            found = values(paper["condition"], key)
+            base = seeds[0] if paper["group"] == "final mask" else seeds.mean()
+            cells.append(f"{seeds.mean():.1f} ± {seeds.std(ddof=1):.1f}" if not paper["flag"] else
+                         f"{found[0] - base:+.1f}" if len(found) else "not run")
+        table.append([paper["group"], paper["condition"], *cells, paper["flag"]])
+    names = sorted({r["category"] for r in rows})
+    ours = names[0] if len(names) == 1 else f"(average of {', '.join(names)})"
+    return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} {ours}, "
+                 f"{rows[0]['step']} training steps",
+                 ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc",
+                  "ours det", "ours loc", "flag"], table)
+
+
+MARKS = ("**", "__", "//")                          # first, second and third of a row
+
+
+def render(cell: str) -> str:
+    for mark, tag in zip(MARKS, ("b", "u", "i")):
+        if len(cell) > 4 and cell.startswith(mark) and cell.endswith(mark):
+            return f"<{tag}>{escape(cell[2:-2])}</{tag}>"
+    return escape(cell)
+
+
+def mark_best(cells: list[str]) -> list[str]:
+    """Numbers of one row with the first, second and third marked; equal values share a place."""
+    ranked = sorted({float(c) for c in cells if c not in ("", None)}, reverse=True)[:3]
+    places = dict(zip(ranked, MARKS))
+    return [f"{places[float(c)]}{c}{places[float(c)]}" if c and float(c) in places else c or ""
+            for c in cells]
+
+
+def percent(value: float | None) -> str:
+    return "not run" if value is None else f"{100 * value:.1f}"
+
+
+def difference(ours: float | None, published: str) -> str:
+    """Ours (a fraction) less a published value (in %), in percentage points."""
+    return "" if ours is None or not published else f"{100 * ours - float(published):+.1f}"
