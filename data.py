@@ -21,7 +21,7 @@ from settings import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 GOOD = {"good", "ok"}
-TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # of MVTec AD
+TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # see is_texture
 
 CATEGORIES = {
     "mvtec": ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile "
@@ -133,10 +133,8 @@ def list_images(folder: Path) -> list[Path]:
 def read_category(data: str, name: str, path: Path, annotated: bool = False) -> Category:
     """What is there of a category, and what is wrong with it. annotated: masks are missing even
     where there is no ground_truth at all. Raises InputError for a VisA without its table."""
-    if (path / "Data" / "Images").is_dir():
-        category = read_visa(data, name, path)
-    else:
-        category = read_mvtec(data, name, path, annotated)
+    visa = (path / "Data" / "Images").is_dir()
+    category = read_visa(data, name, path) if visa else read_mvtec(data, name, path, annotated)
     if not category.train:
         category.faults.append(f"{path}: no training images; put normal images into train/good")
     return category
@@ -155,7 +153,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
         masks = {p.stem.removesuffix("_mask"): p for p in list_images(truth / folder.name)}
         faults += [f"{p}: no mask for it in {truth / folder.name}; add it, or remove all of "
                    f"ground_truth" for p in images if annotated and p.stem not in masks]
-        faults += [f"{masks[stem]}: a mask without its image {folder / stem}.*"
+        faults += [f"{masks[stem]}: a mask without its image"
                    for stem in sorted(set(masks) - {p.stem for p in images})]
         test += [Item(p, 1, folder.name, masks.get(p.stem)) for p in images]
     return Category(data, name, path, train, test, annotated, faults)
@@ -299,7 +297,8 @@ class Images(Sequence):
 # ---------------------------------------------------------------- foreground masks
 
 def is_texture(data: str, name: str) -> bool:
-    """Whether it is one of MVTec AD's categories that show no object, so have no foreground."""
+    """Whether it is one of MVTec AD's six categories without a foreground in the authors' code: the
+    five textures, and zipper."""
     return data == "mvtec" and name in TEXTURES
 
 
@@ -357,7 +356,7 @@ def foreground_masks(images: Images, category: Category, mode: str = "auto",
     of the images are not sure. Raises InputError.
     """
     N, S = len(images), images.crop
-    whole = torch.ones(N, 1, S, S, dtype=torch.bool)
+    whole = torch.ones(1, 1, S, S, dtype=torch.bool).expand(N, 1, S, S)
     if mode == "none":
         return whole, "whole image"
     if is_texture(category.data, category.name):

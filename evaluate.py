@@ -68,14 +68,14 @@ def final_maps(maps: dict[str, np.ndarray], s: Settings, side: int = 0) -> np.nd
 
     side: bring the maps bilinearly to side x side; 0 leaves them at the model's size.
     """
-    lam = {"combined": s.lam, "recon": 0.0}.get(s.final_mask, 1.0)
-    first = "M_last" if s.final_mask == "last" else "M_disc"
-    N, H, W = maps[first].shape
+    lam = {"combined": s.lam, "disc": 1.0, "recon": 0.0, "last": 1.0}[s.final_mask]
+    mask = "M_last" if s.final_mask == "last" else "M_disc"
+    N, H, W = maps[mask].shape
     final = new_maps((N, side or H, side or W), s)
     for start in range(0, N, 64):
         place = slice(start, start + 64)
         M_disc, M_recon = (torch.tensor(maps[name][place])[:, None]
-                           for name in (first, "M_recon"))
+                           for name in (mask, "M_recon"))
         M_final = final_mask(M_disc, M_recon, lam, s.kernel)
         if side:
             M_final = F.interpolate(M_final, (side, side), mode="bilinear")
@@ -115,7 +115,7 @@ def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> f
 
 # ---------------------------------------------------------------- thresholds
 
-KEPT = 0.1                               # share of the normal pixels' scores kept: the largest
+KEPT = 0.1      # share of the normal pixels' scores kept, the largest: settings.check allows no more
 
 
 def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | None:
@@ -129,30 +129,23 @@ def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | Non
     M_final = final_maps(raw_maps(model, source.images, source.held_out, s), s)
     pixels = torch.from_numpy(M_final).flatten()
     return {"images": image_scores(M_final).tolist(), "pixel_count": len(pixels),
-            "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values.clone(),
+            "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values,
             "infer_steps": network_calls(model, s)}
 
 
 def thresholds(normal: dict, s: Settings) -> tuple[metrics.Threshold, metrics.Threshold]:
-    """The image threshold and the pixel threshold of `normal_scores`, by the same rule.
-
-    Raises InputError for a rate of pixels above KEPT.
-    """
-    image = metrics.normal_threshold(normal["images"], s.false_alarms)
-    try:
-        pixel = metrics.normal_threshold(normal["pixels"].numpy(), s.pixel_false_alarms,
-                                         normal["pixel_count"])
-    except ValueError as error:
-        raise InputError(f"--pixel-false-alarms {s.pixel_false_alarms}: {error}")
-    return image, pixel
+    """The image threshold and the pixel threshold of `normal_scores`, by the same rule."""
+    return (metrics.normal_threshold(normal["images"], s.false_alarms),
+            metrics.normal_threshold(normal["pixels"].numpy(), s.pixel_false_alarms,
+                                     normal["pixel_count"]))
 
 
 def in_words(image: metrics.Threshold, count: int) -> str:
     """What an image threshold from `count` normal images promises, and how surely."""
     return (f"threshold {image.value:.4f} from {count} held-out normal image"
             f"{'s' if count > 1 else ''}: about {100 * image.rate:.1f} % of normal parts will be "
-            f"called defective (with so few images anything from {100 * image.low:.1f} to "
-            f"{100 * image.high:.1f} % is plausible)")
+            f"called defective (anything from {100 * image.low:.1f} to "
+            f"{100 * image.high:.1f} % is plausible with so many images)")
 
 
 def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
@@ -160,7 +153,7 @@ def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
     """The thresholds from the held-out normal images, and what the first does on the test set.
 
     image_auroc_held_out: the image AUROC with these images in place of the test set's good ones. It
-    is another one where the good test images differ from all the rest, in light say.
+    differs where the good test images differ from the other normal ones, in light say.
     """
     found = dict.fromkeys(("threshold", "pixel_threshold", "false_alarms_promised",
                            "false_alarm_rate", "detection_rate", "image_f1",

@@ -1,7 +1,7 @@
 """Scores of anomaly maps: image and pixel AUROC and AP, F1-max, AUPRO, a threshold from normals.
 
-AUPRO is written out because its definition matters, and the other pixel metrics follow from the same
-curve in a fraction of a library's memory; the image metrics are scikit-learn's. No torch.
+AUPRO is written out because its definition matters, and the other pixel metrics are made by the
+same curve, in a fraction of a library's memory; the image metrics are scikit-learn's. No torch.
 """
 import warnings
 from typing import NamedTuple
@@ -15,20 +15,12 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate of `limit`, in 0..1.
 
-    MVTec AD's evaluation, exactly: every distinct score is a threshold, the area is divided by
-    `limit`. maps: [N, H, W], larger is more anomalous; masks: bool [N, H, W]. Raises ValueError if
-    there is no anomalous or no normal pixel.
+    MVTec AD's evaluation, exactly: every distinct score is a threshold; a pixel of a region adds
+    1 / |region| to the mean overlap, a normal pixel of any image, good ones included, 1 / number of
+    normal pixels to the rate; the area is divided by `limit`. maps: [N, H, W], larger is more
+    anomalous; masks: bool [N, H, W]. Raises ValueError if there is no anomalous or no normal pixel.
     """
-    return area(*pro_curve(maps, masks), limit) / limit
-
-
-def pro_curve(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive rate and mean overlap of the regions, over all thresholds.
-
-    A pixel of a region adds 1 / |region| to the overlap, a normal pixel of any image, the good ones
-    included, 1 / number of normal pixels to the rate. Arguments and errors as in `aupro`.
-    """
-    return curve(maps, masks, region_weights(masks))
+    return area(*weighted_roc(maps, masks, region_weights(masks)), limit) / limit
 
 
 def region_weights(masks: np.ndarray) -> np.ndarray:
@@ -44,48 +36,41 @@ def region_weights(masks: np.ndarray) -> np.ndarray:
     return np.concatenate(weights)
 
 
-def curve(maps: np.ndarray, masks: np.ndarray,
-          weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def weighted_roc(maps: np.ndarray, masks: np.ndarray,
+                 weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """False-positive rate and weighted true-positive rate, from (0, 0) to (1, 1).
 
-    weights: of the anomalous pixels, in the order of maps[masks]. With equal weights it is the ROC
-    curve. It rises only at the scores of anomalous pixels, so these alone are the thresholds, each
-    with two points: before it, and with the pixels of this very score, normal ones among them.
+    weights: of the anomalous pixels, in the order of maps[masks]. The curve rises only at their
+    scores, so these alone are the thresholds, each with two points: before it, and with the pixels
+    of this very score, normal ones among them. Other arguments and errors as in `aupro`.
     """
     if not masks.any() or masks.all():
         raise ValueError("pixel metrics need at least one anomalous and one normal pixel")
     thresholds, place = np.unique(maps[masks], return_inverse=True)
     hit = np.cumsum(np.bincount(place, weights)[::-1]) / weights.sum()    # thresholds falling
     normal = np.sort(maps[~masks])
-    false_before, false_with = (1 - np.searchsorted(normal, thresholds[::-1], side) / len(normal)
-                                for side in ("right", "left"))
-    false = np.stack([false_before, false_with], 1).ravel()
-    true = np.stack([np.append(0.0, hit[:-1]), hit], 1).ravel()
-    return np.concatenate([[0.0], false, [1.0]]), np.concatenate([[0.0], true, [1.0]])
+    before, with_it = (1 - np.searchsorted(normal, thresholds[::-1], side) / len(normal)
+                       for side in ("right", "left"))
+    fpr = np.stack([before, with_it], 1).ravel()
+    tpr = np.stack([np.append(0.0, hit[:-1]), hit], 1).ravel()
+    return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], tpr, [1.0]])
 
 
-def area(false: np.ndarray, true: np.ndarray, limit: float = 1.0) -> float:
-    """Area under a curve up to false = limit, where it is interpolated: trapezoids."""
-    k = np.searchsorted(false, limit)                       # the first point at or past the limit
-    at_limit = np.interp(limit, false[k - 1:k + 1], true[k - 1:k + 1])
-    return float(np.trapezoid(np.append(true[:k], at_limit), np.append(false[:k], limit)))
+def area(fpr: np.ndarray, tpr: np.ndarray, limit: float = 1.0) -> float:
+    """Area under a curve up to fpr = limit, where it is interpolated: trapezoids."""
+    k = np.searchsorted(fpr, limit)                         # the first point at or past the limit
+    at_limit = np.interp(limit, fpr[k - 1:k + 1], tpr[k - 1:k + 1])
+    return float(np.trapezoid(np.append(tpr[:k], at_limit), np.append(fpr[:k], limit)))
 
 
 def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     """Pixel AUROC, pixel AP (both as scikit-learn's) and AUPRO. Arguments as in `aupro`."""
     anomalous = int(masks.sum())
-    false, true = curve(maps, masks, np.ones(anomalous))
-    false_count, true_count = false * (masks.size - anomalous), true * anomalous
-    precision = true_count[2::2] / (true_count + false_count)[2::2]   # with each threshold's pixels
-    return {"pixel_auroc": area(false, true),
-            "pixel_ap": float(np.sum(np.diff(true[::2]) * precision)),
+    fpr, tpr = weighted_roc(maps, masks, np.ones(anomalous))
+    false, true = fpr[2::2] * (masks.size - anomalous), tpr[2::2] * anomalous  # with each threshold
+    return {"pixel_auroc": area(fpr, tpr),
+            "pixel_ap": float(np.sum(np.diff(tpr[::2]) * true / (true + false))),
             "aupro": aupro(maps, masks)}
-
-
-def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Best F1 over all thresholds, which looks at the labels: an upper bound, not a result."""
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
 
 
 def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = None,
@@ -93,16 +78,19 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
     """All metrics of a test set, fractions in 0..1.
 
     labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: bool [N, H, W], or None where there
-    is no ground truth. What is undefined (no defective or no good image, no masks) is NaN, with a
+    is no ground truth. image_f1max: the best F1 of all thresholds, which sees the labels: an upper
+    bound, not a result. What is undefined (no defective or no good image, no masks) is NaN, with a
     warning that names it.
     """
-    nan, labels = float("nan"), np.asarray(labels).astype(int)
+    labels = np.asarray(labels).astype(int)
     results = dict.fromkeys(("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap",
-                             "aupro"), nan)
+                             "aupro"), float("nan"))
     if 0 < labels.sum() < len(labels):
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         results.update(image_auroc=float(roc_auc_score(labels, scores)),
                        image_ap=float(average_precision_score(labels, scores)),
-                       image_f1max=f1_max(labels, scores))
+                       image_f1max=float(f1.max()))
     else:
         missing = "good" if labels.sum() else "defective"
         warnings.warn(f"the test set has no {missing} image: image metrics are undefined")
@@ -139,7 +127,7 @@ def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05,
     n = n or len(ordered)
     if n == 0:
         raise ValueError("a threshold needs scores of normal images")
-    k = min(n, max(1, int(np.floor(false_alarms * (n + 1) + 1e-9))))
+    k = min(n, max(1, int(np.floor(false_alarms * (n + 1) + 1e-9))))   # 0.05 * 20 is 1, not less
     if k > len(ordered):
         raise ValueError(f"a false-alarm rate of {false_alarms} needs the {k} largest scores of "
                          f"{n}, and {len(ordered)} are kept")

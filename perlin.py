@@ -2,7 +2,7 @@
 
 Everything is generated for a batch at once, as tensors on the device of the images. All random
 numbers come from a NumPy generator on the CPU, so a seed means the same on every device, and
-nothing here waits for the device or branches on its data. The readings are in the README's table.
+nothing is read back from the device. The readings are in the README's table.
 """
 from typing import NamedTuple
 
@@ -90,18 +90,18 @@ def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor
                             case: Tensor, u: Tensor) -> Tensor:
     """M_a, the imperfect mask of the step before: the map of M thresholded anew, [B, 1, H, W].
 
-    case, u: [B, 1, 1, 1], case in 0..3, equally likely: 0 empty (the paper's 25 %), 1 the threshold
-    raised by the share u in [0, 1) (a smaller mask, often empty too), 2 M itself, 3 lowered by u (a
-    larger one).
+    case, u: [B, 1, 1, 1], case in 0..3, u in [0, 1), the share by which the threshold moves.
     """
     height = noise.abs() * foreground
-    moved = threshold * (1 + u * ((case == 1).float() - (case == 3).float()))
-    return ((height > moved) & (case != 0)).float()
+    moved = torch.where(case == 1, threshold * (1 + u), threshold)      # 1: smaller, often empty
+    moved = torch.where(case == 3, threshold * (1 - u), moved)          # 3: larger; 2: M itself
+    return ((height > moved) & (case != 0)).float()                     # 0: empty
 
 
 # ---------------------------------------------------------------- appearances
 
-# MemSeg's ten operations by torchvision, in the ranges of the authors' code as far as it takes them.
+# The ten operations of the authors' code, by torchvision in their ranges as far as it takes them.
+# Each takes (image, rng).
 
 def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.cat([TF.adjust_gamma(channel, g)
@@ -110,20 +110,20 @@ def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 def brightness(image: Tensor, rng: np.random.Generator) -> Tensor:
     factor, offset = rng.uniform(0.8, 1.2), rng.uniform(-30, 30)
-    return (image * float(factor) + float(offset)).clamp(0, 255).to(torch.uint8)
+    return (image * factor + offset).clamp(0, 255).to(torch.uint8)
 
 
 def sharpness(image: Tensor, rng: np.random.Generator) -> Tensor:
-    return TF.adjust_sharpness(image, float(rng.uniform(0.1, 1.9)))
+    return TF.adjust_sharpness(image, rng.uniform(0.1, 1.9))
 
 
 def hue_saturation(image: Tensor, rng: np.random.Generator) -> Tensor:
-    image = TF.adjust_hue(image, float(rng.uniform(-0.14, 0.14)))
-    return TF.adjust_saturation(image, float(rng.uniform(0.6, 1.4)))
+    image = TF.adjust_hue(image, rng.uniform(-0.14, 0.14))
+    return TF.adjust_saturation(image, rng.uniform(0.6, 1.4))
 
 
 def solarize(image: Tensor, rng: np.random.Generator) -> Tensor:
-    threshold = float(rng.uniform(32, 128))
+    threshold = rng.uniform(32, 128)
     return TF.solarize(image, threshold) if rng.random() < 0.5 else image
 
 
@@ -144,7 +144,7 @@ def equalize(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def rotate(image: Tensor, rng: np.random.Generator) -> Tensor:
-    return TF.rotate(image, float(rng.uniform(-45, 45)))
+    return TF.rotate(image, rng.uniform(-45, 45))
 
 
 OPERATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert,
@@ -188,14 +188,14 @@ def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Ten
     half, device = (B + 1) // 2, images.device
     noise = random_perlin(rng, half, H, W, device)
     M, threshold = anomaly_mask(noise, foreground[:half])
-    case = to_device(rng.integers(0, 4, (half, 1, 1, 1)), device)
+    case = to_device(rng.integers(0, 4, (half, 1, 1, 1)), device)   # empty: the paper's 25 %
     u = to_device(rng.random((half, 1, 1, 1)), device)
     M_a = simulated_previous_mask(noise, foreground[:half], threshold, case, u)
     M_a = M_a * (~opaque[:half, None, None, None])
     A = torch.stack([anomaly_appearance(image, texture, rng)
                      for image, texture in zip(images[:half], textures)])
-    clean = (0, 0, 0, 0, 0, 0, 0, B - half)                    # pads the batch dimension with zeros
-    return Synthetic(*(torch.nn.functional.pad(part, clean) for part in (M, M_a, A)))
+    return Synthetic(*(torch.cat([part, part.new_zeros(B - half, *part.shape[1:])])
+                       for part in (M, M_a, A)))
 
 
 # ---------------------------------------------------------------- augmentation of normal images
@@ -211,11 +211,11 @@ def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.ran
     how = (dict(interpolation=TF.InterpolationMode.NEAREST, fill=128) if authors
            else dict(interpolation=TF.InterpolationMode.BILINEAR, fill=0))
     turn, angle = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
-    pairs = [(TF.rotate(image, float(a), **how), TF.rotate(mask, float(a))) if chosen
-             else (image, mask)
-             for image, mask, chosen, a in zip(images, foreground, turn, angle)]
-    images, foreground = zip(*pairs)
-    return torch.stack(images), torch.stack(foreground)
+    images, foreground = images.clone(), foreground.clone()
+    for k in np.flatnonzero(turn):
+        images[k] = TF.rotate(images[k], float(angle[k]), **how)
+        foreground[k] = TF.rotate(foreground[k], float(angle[k]))
+    return images, foreground
 
 
 def change_light(images: Tensor, light: float, rng: np.random.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import list_images, open_image, preprocess, scale, to_rgb
 from evaluate import final_maps, image_scores, in_words, network_calls, over_grey, thresholds
 from runs import load_model, make_folder, save_atomically, save_csv
-from settings import InputError, Settings, exit_status, pick_device
+from settings import InputError, Settings, check, exit_status, pick_device
 from transfusion import TransFusion
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
@@ -105,16 +105,10 @@ def regions(file: str, M_final: np.ndarray, threshold: float) -> list[dict]:
 
 # ---------------------------------------------------------------- the command
 
-def absolute(path: Path) -> Path:
-    """The absolute path, without the `..` that Path.absolute leaves in and that would lead out of
-    the --out folder."""
-    return Path(os.path.abspath(path))
-
-
 def find_images(given: list[str], out: Path) -> list[Path]:
     """The files named, those of folders (searched through) and of globs, but none under `out`,
     where an earlier call may have written. Raises InputError where a name stands for none."""
-    found = []
+    found, out = [], Path(os.path.abspath(out))            # without the .. that leads out of it
     for name in given:
         path = Path(name)
         if path.is_dir():
@@ -124,7 +118,7 @@ def find_images(given: list[str], out: Path) -> list[Path]:
             some = [path]
         else:
             some = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
-        some = [p for p in map(absolute, some) if absolute(out) not in p.parents]
+        some = [p for p in (Path(os.path.abspath(p)) for p in some) if out not in p.parents]
         if not some:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         found += some
@@ -147,12 +141,14 @@ def main(argv: list[str] | None = None) -> int:
     model, s, state = load_model(run / "last.pt" if run.is_dir() else run, device)
     s = dataclasses.replace(s, **{k: getattr(flags, k) for k in ("false_alarms",
                             "pixel_false_alarms", "infer_steps") if getattr(flags, k) is not None})
+    check(s)
     image_threshold, pixel_threshold = say_thresholds(state, s, network_calls(model, s))
     out = Path(flags.out)
     files = find_images(flags.images, out)
     common = Path(os.path.commonpath([file.parent for file in files]))
     make_folder(out)
 
+    top = max(2 * image_threshold if image_threshold else 0.5, 1e-6)    # of the heat maps' colours
     scores, found, unread = [], [], []
     with tqdm(total=len(files), unit="image") as bar:
         for start in range(0, len(files), flags.batch):
@@ -173,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
                                else f"{image_threshold:.6g}"})
                 if pixel_threshold is not None:
                     found += regions(name, result.M_final, pixel_threshold)
-                write_pictures(out, name, image, result, image_threshold)
+                save_image(out / "heatmaps" / f"{name}.png", heat_map(image, result.M_final, top))
+                save_image(out / "restored" / f"{name}.png", Image.fromarray(result.restored))
                 if flags.maps == "tiff":
                     save_image(out / "maps" / tiff_place(file, name),
                                Image.fromarray(np.nan_to_num(result.M_final)))
@@ -205,13 +202,6 @@ def say_thresholds(state: dict, s: Settings, calls: int) -> tuple[float | None, 
     return image.value, pixel.value
 
 
-def write_pictures(out: Path, name: str, image: np.ndarray, result: Inspection,
-                   threshold: float | None) -> None:
-    top = max(2 * threshold if threshold else 0.5, 1e-6)
-    save_image(out / "heatmaps" / f"{name}.png", heat_map(image, result.M_final, top))
-    save_image(out / "restored" / f"{name}.png", Image.fromarray(result.restored))
-
-
 def save_image(path: Path, picture: Image.Image) -> None:
     make_folder(path.parent)
     save_atomically(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
@@ -237,10 +227,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.batch < 1:
         raise InputError(f"--batch {flags.batch}: must be at least 1")
-    for name in ("false_alarms", "pixel_false_alarms"):
-        rate = getattr(flags, name)
-        if rate is not None and not 0 <= rate <= 1:
-            raise InputError(f"--{name.replace('_', '-')} {rate}: must lie in 0..1")
     return flags
 
 

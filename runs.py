@@ -28,6 +28,8 @@ except ImportError:                                                  # Windows
     fcntl = None
 
 FORMAT = 1                                          # version of the checkpoint's layout
+SCORING_GRID = 256                                  # side of an image, uncropped, where scored
+RANK = int(os.environ.get("RANK", 0))               # torchrun's number of this process
 
 
 # ---------------------------------------------------------------- data of a run
@@ -37,8 +39,8 @@ class Source:
     """What a run reads: normal images with their foreground, textures, and the test set."""
     category: data.Category
     images: data.Images
-    train: np.ndarray                       # indices into images, and those held out
-    held_out: np.ndarray
+    train: np.ndarray                       # indices into images
+    held_out: np.ndarray                    # the others
     foreground: Tensor                      # bool [N, 1, H, W]
     textures: data.Textures
     test: data.Images
@@ -54,17 +56,16 @@ def load_source(s: Settings, training: bool = True) -> Source:
     images = data.Images(category.train, s.resize, s.crop, limit, "training images", True)
     test = data.Images([item.path for item in category.test], s.resize, s.crop,
                        limit - images.bytes, "test images", True)
-    grid, side = 256, scoring_side(s)
     masks = None
     if category.annotated and category.test:
-        masks = np.stack([data.load_mask(item, grid, side) for item in category.test])
+        masks = np.stack([data.load_mask(item, SCORING_GRID, scoring_side(s))
+                          for item in category.test])
     held = round(s.hold_out * len(images))
     if s.hold_out and len(images) > 1:
         held = min(max(held, 1), len(images) - 1)
     order = np.random.default_rng(s.seed).permutation(len(images))
-    foreground, found = torch.ones(len(images), 1, 1, 1, dtype=torch.bool), ""
-    if training:
-        foreground, found = data.foreground_masks(images, category, s.foreground, True)
+    foreground, found = data.foreground_masks(images, category,
+                                              s.foreground if training else "none", True)
     textures = data.Textures(root, s.crop)
     kept = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
     notes = [f"{len(images) - held} normal images to train on, {held} held out, {len(test)} to "
@@ -75,12 +76,12 @@ def load_source(s: Settings, training: bool = True) -> Source:
 
 
 def scoring_side(s: Settings) -> int:
-    """Side of the scoring grid: 256, less what the crop takes away."""
-    return round(256 * s.crop / s.resize)
+    """Side of the scoring grid, less what the crop takes away."""
+    return round(SCORING_GRID * s.crop / s.resize)
 
 
 def steps_per_epoch(s: Settings, source: Source) -> int:
-    """The last batch of an epoch is what is left."""
+    """Steps in an epoch, whose last batch is what is left."""
     return math.ceil(len(source.train) / s.batch)
 
 
@@ -90,9 +91,10 @@ def build_model(s: Settings) -> TransFusion:
     """The model of these settings, seeded, on the CPU. Raises InputError for a T too small."""
     torch.manual_seed(s.seed)
     try:
-        model = TransFusion(s.channels, s.T, s.schedule, s.pe, s.sim_mask, s.authors_schedule,
-                            s.anomaly_target, s.soft_consistency, s.precision == "bf16",
-                            s.recompute)
+        model = TransFusion(s.channels, s.T, s.schedule, s.pe, guide=s.sim_mask,
+                            authors_schedule=s.authors_schedule, anomaly_target=s.anomaly_target,
+                            soft_consistency=s.soft_consistency, bf16=s.precision == "bf16",
+                            recompute=s.recompute)
     except ValueError as error:
         raise InputError(f"--T {s.T}: {error}")
     if s.init == "identity":
@@ -145,8 +147,9 @@ def save_atomically(path: Path, write) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        cause = (isinstance(error, RuntimeError) and error.__context__) or error
-        raise InputError(f"{path}: cannot be written ({cause}); make room and use --resume")
+        cause = (isinstance(error, RuntimeError) and error.__context__) or error    # torch wraps it
+        raise InputError(f"{path}: cannot be written ({cause}); make room and run it again, a "
+                         f"training with --resume")
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -199,7 +202,7 @@ def locked(folder: Path):
     the system has no such locks (Windows) nothing is held.
     """
     make_folder(folder)
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
+    if fcntl is None or RANK:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -237,9 +240,16 @@ def load_torch(path: Path) -> dict:
         raise InputError(f"{path} is not a checkpoint ({type(error).__name__}: {first})")
 
 
-def save_checkpoint(path: Path, s: Settings, model: TransFusion, ema, optimizer, progress: dict):
+def new_progress() -> dict:
+    """What a checkpoint holds of a training beside the weights: steps done, seconds, the sums of
+    the epoch's losses, a row for every epoch and for every evaluation."""
+    return {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
+
+
+def save_checkpoint(path: Path, s: Settings, model: TransFusion, average, optimizer,
+                    progress: dict) -> None:
     state = {"format": FORMAT, "settings": dataclasses.asdict(s), "model": model.state_dict(),
-             "ema": ema.module.state_dict() if ema else None,
+             "ema": average.module.state_dict() if average else None,
              "optimizer": optimizer.state_dict() if optimizer else None, **progress}
     save_atomically(path, lambda file: torch.save(state, file))
 
@@ -251,7 +261,8 @@ def add_to_checkpoint(path: Path, **content) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[Settings, dict]:
-    """Settings and content of a checkpoint of ours. Raises InputError that says what it is not."""
+    """Settings and content of a checkpoint of ours. Raises InputError for another file, a newer
+    version, or settings of a wrong type."""
     state = load_torch(path)
     parts = {"format": int, "settings": dict, "model": dict}
     if not isinstance(state, dict) or any(not isinstance(state.get(k), kind)
@@ -265,7 +276,7 @@ def load_checkpoint(path: Path) -> tuple[Settings, dict]:
     wrong = [f"{k} {v!r}" for k, v in settings.items()
              if type(v) is not known[k] and not (known[k] is float and type(v) is int)]
     if wrong:
-        raise InputError(f"{path} holds settings that are none ({', '.join(wrong)[:100]})")
+        raise InputError(f"{path} holds settings of a wrong type ({', '.join(wrong)[:100]})")
     return Settings(**settings), state
 
 
@@ -278,7 +289,7 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> 
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings, dict]:
-    """The trained model of a checkpoint (its averaged weights where it has them), to be used.
+    """The trained model of a checkpoint, its averaged weights where it has them, in eval mode.
 
     One trained in bfloat16 computes in float32 where the device has no fast bfloat16: the scores
     hardly change, and the emulation takes many times as long.
@@ -303,7 +314,7 @@ def authors_name(name: str) -> str:
     """Name of a ResUNet parameter in a state dict of the authors' format."""
     for ours, theirs in AUTHORS_HEADS.items():
         if name.startswith(ours):
-            name = theirs + name[len(ours):]
+            return "model." + theirs + name[len(ours):]
     return "model." + name
 
 
@@ -316,7 +327,7 @@ def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("the weights are no state dict, names with a tensor each")
     ours = model.net.state_dict()
-    theirs = {k: v for k, v in state.items() if not k.endswith("inv_freq")}
+    theirs = {k: v for k, v in state.items() if not k.endswith("inv_freq")}    # a constant
     names = {name: authors_name(name) for name in ours}
     missing = sorted(set(names.values()) - set(theirs))
     extra = sorted(set(theirs) - set(names.values()))

@@ -1,6 +1,6 @@
 """The settings of a run: one dataclass whose fields are the flags, the presets, the command line.
 
-Defaults are the paper's (section 4.3) where it names a value; a preset changes some, a flag any.
+Defaults are the paper's (3.4, 4.3) where it names a value; a preset changes some, a flag any.
 Here is also what every command has in common: the machine it runs on, and how it ends.
 """
 import argparse
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,9 +72,10 @@ def hardware(device: str) -> str:
     """The processor's name, and on a CPU how many threads compute."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] \
-        if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return f"{found[0] if found else platform.machine()}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------- settings and presets
@@ -87,7 +89,8 @@ class Settings:
     """Everything a run depends on; each field is a flag."""
     data: str = setting("demo", "mvtec, visa, btad, demo, or a folder of categories", "run")
     category: str = setting("", "the category, or all (demo: fabric)", "run")
-    root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data)", "run")
+    root: str = setting("", "where the data sets lie (default: $TRANSFUSION_DATA or ./data; the "
+                        "demo's: ./data)", "run")
     out: str = setting("runs", "where run folders go", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
     preset: str = setting("", "settings taken together; flags override it (default: quick for the "
@@ -96,6 +99,7 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "run")
     seed: int = setting(0, "seed of everything random", "run")
     memory_gb: float = setting(4.0, "images beyond this are read from disk at every use", "run")
+    eval_batch: int = setting(16, "images restored at a time", "run")
 
     resize: int = setting(256, "images are resized to this side, in pixels", "training")
     crop: int = setting(224, "then cropped to this centre; follows --resize where the preset crops "
@@ -148,13 +152,12 @@ class Settings:
                                "scoring")
     lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
     kernel: int = setting(7, "side of Eq. 10's mean filter, pixels", "scoring")
-    final_mask: str = setting("combined", "which map is scored; last: M_1, in all steps unless "
-                              "--infer-steps says otherwise", "scoring",
+    final_mask: str = setting("combined", "which map is scored; last: the last call's mask, M_1 "
+                              "as all steps are walked then", "scoring",
                               ("combined", "disc", "recon", "last"))
     false_alarms: float = setting(0.05, "false-alarm rate the threshold aims at", "scoring")
     pixel_false_alarms: float = setting(0.001, "share of normal pixels the pixel threshold lets "
                                         "pass, at most 0.1", "scoring")
-    eval_batch: int = setting(16, "images restored at a time", "scoring")
 
 
 PRESETS = {
@@ -171,8 +174,7 @@ PRESETS = {
 # What does not change a run's numbers, so a finished run stays the same run under other values.
 NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every",
                 "recompute"}
-SCORING = [f.name for f in dataclasses.fields(Settings)
-           if f.metadata["group"] == "scoring" and f.name != "eval_batch"]
+SCORING = [f.name for f in dataclasses.fields(Settings) if f.metadata["group"] == "scoring"]
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -182,7 +184,7 @@ def command_line() -> argparse.ArgumentParser:
                         for name, changes in PRESETS.items())
     parser = argparse.ArgumentParser(
         description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
-        epilog=f"presets, where they differ from these defaults, which are the paper's:\n{presets}",
+        epilog=f"presets, where they differ from these defaults:\n{presets}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {name: parser.add_argument_group(name)
               for name in ("run", "training", "method", "scoring")}

@@ -29,15 +29,14 @@ import data
 import demo
 import perlin
 from evaluate import in_words, network_calls, normal_scores, score, thresholds, write_results
-from runs import (Source, add_to_checkpoint, build_model, load_authors_weights, load_checkpoint,
-                  load_model, load_source, load_state, load_torch, locked, read_json,
-                  refuse_other_run, run_folder, save_checkpoint, save_csv, save_json,
-                  steps_per_epoch)
+from runs import (RANK, Source, add_to_checkpoint, build_model, load_authors_weights,
+                  load_checkpoint, load_model, load_source, load_state, load_torch, locked,
+                  new_progress, read_json, refuse_other_run, run_folder, save_checkpoint, save_csv,
+                  save_json, steps_per_epoch)
 from settings import NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse
 from transfusion import TransFusion
 
-# torchrun sets these: which of several processes this is. Rank 0 alone prints and writes.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))      # torchrun's processes; only rank 0 writes
 
 
 def train(model: TransFusion, s: Settings, source: Source, folder: Path,
@@ -53,20 +52,22 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     announce(model, s, source, steps - progress["step"])
     if s.compile:
         model.net.compile()
-    losses_of = share_among_ranks(model, s)
+    network = model if RANKS == 1 else DistributedDataParallel(
+        model, find_unused_parameters=bool(s.drop_loss))
+    scored = average.module if average else model
     start = time.perf_counter() - progress["seconds"]
     with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
                                               desc=s.category, unit="step", mininterval=0.5) as bar:
         for step in range(progress["step"], steps):
             rate = learning_rate(s, step, steps, per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
             batch = make_batch(s, source, model.last_step, step, device)
-            losses = losses_of(*batch, drop=s.drop_loss)                   # Eq. 2, 3 and 5-9
+            losses = network(*batch, drop=s.drop_loss)      # TransFusion.losses: Eq. 2-9
             optimizer.zero_grad()
             losses["loss"].backward()
             if s.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
             optimizer.step()
             if average:
                 average.update_parameters(model)
@@ -76,15 +77,14 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
             at_end = step + 1 == steps
             if (step + 1) % per_epoch == 0 or at_end:
                 close_epoch(progress, per_epoch, rate, bar)
-                score_epoch(average.module if average else model, s, source, folder, progress,
-                            eval_every)
+                score_epoch(scored, s, source, folder, progress, eval_every)
             asked_to_stop = any_rank(interruption.asked, device)
             if asked_to_stop or at_end or (step + 1) % s.checkpoint_every == 0:
                 save_progress(folder, s, model, average, optimizer, progress)
             if asked_to_stop and not at_end:
                 raise KeyboardInterrupt(f"stopped at step {step + 1} of {steps}; the same command "
                                         f"with --resume goes on from there")
-    return (average.module if average else model), progress
+    return scored, progress
 
 
 # ---------------------------------------------------------------- a step
@@ -99,7 +99,8 @@ def make_batch(s: Settings, source: Source, last_step: int, step: int, device: t
     """
     rng = np.random.default_rng([s.seed, step])
     epoch, place = divmod(step, steps_per_epoch(s, source))
-    shuffled = np.random.default_rng([s.seed, 1 << 32, epoch]).permutation(source.train)
+    shuffled = np.random.default_rng([s.seed, 1 << 32, epoch])      # 1 << 32: no step's number
+    shuffled = shuffled.permutation(source.train)
     shuffled = np.resize(shuffled, max(len(shuffled), s.batch))
     chosen = shuffled[place * s.batch:(place + 1) * s.batch]
     if RANKS > 1:
@@ -145,12 +146,6 @@ def make_average(model: TransFusion, s: Settings) -> AveragedModel | None:
 
 # ---------------------------------------------------------------- several processes
 
-def share_among_ranks(model: TransFusion, s: Settings) -> torch.nn.Module:
-    """What gives the losses of a batch: the model, its gradients averaged over ranks if any."""
-    return model if RANKS == 1 else DistributedDataParallel(
-        model, find_unused_parameters=bool(s.drop_loss))
-
-
 def mean_over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
     values = torch.stack([loss.detach() for loss in losses.values()])
     if RANKS > 1:
@@ -189,13 +184,13 @@ def join_ranks(s: Settings) -> Settings:
 def resume(state: dict | None, model: TransFusion, optimizer, average, folder: Path) -> dict:
     """The progress record: new, or a checkpoint's, whose weights and moments are put in place."""
     if not state:
-        return {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
+        return new_progress()
     load_state(model, state["model"], folder / "last.pt")
     optimizer.load_state_dict(state["optimizer"])
     if average:
         average.module.load_state_dict(state["ema"])
         average.n_averaged.fill_(state["step"])
-    return {k: state[k] for k in ("step", "seconds", "sums", "log", "eval")}
+    return {k: state[k] for k in new_progress()}
 
 
 def count_step(progress: dict, losses: dict[str, float], seconds: float) -> None:
@@ -203,14 +198,13 @@ def count_step(progress: dict, losses: dict[str, float], seconds: float) -> None
     if not math.isfinite(losses["loss"]):
         raise InputError(f"the loss is not finite ({losses}); start again under another --name "
                          f"with half the --lr, --clip 1 or --precision float32")
-    sums = progress["sums"]
     progress.update(step=progress["step"] + 1, seconds=seconds,
-                    sums={k: sums.get(k, 0.0) + v for k, v in losses.items()})
+                    sums={k: progress["sums"].get(k, 0.0) + v for k, v in losses.items()})
 
 
 def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
     """Turn the sums into a row of the log: the epoch's mean losses."""
-    done = (progress["step"] - 1) % per_epoch + 1
+    done = (progress["step"] - 1) % per_epoch + 1              # the last epoch may be cut short
     means = {k: v / done for k, v in progress["sums"].items()}
     progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
                             "step": progress["step"], **means, "lr": rate,
@@ -242,7 +236,7 @@ class Interruption:
 
     def __enter__(self):
         self.asked = False
-        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.usual = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
@@ -251,7 +245,7 @@ class Interruption:
         self.asked = True
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.usual.items():
             signal.signal(number, handler)
 
 
@@ -274,13 +268,15 @@ def seconds_per_step(model: TransFusion, s: Settings, source: Source) -> float:
     """Measured on three steps of a throw-away copy, the first of them not counted."""
     model, device = copy.deepcopy(model), torch.device(s.device)
     optimizer = make_optimizer(model, s)
+    times = []
     for step in range(3):
-        if step == 1:
-            start = time.perf_counter()
         batch = make_batch(s, source, model.last_step, step, device)
         model.losses(*batch, drop=s.drop_loss)["loss"].backward()
         optimizer.step()
-    return (time.perf_counter() - start) / 2
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
+    return (times[2] - times[0]) / 2
 
 
 def duration(seconds: float) -> str:
@@ -295,18 +291,18 @@ def duration(seconds: float) -> str:
 def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     """Train and score one category, or skip it where that is done. Returns its metrics."""
     folder = run_folder(s)
-    checkpoint, state = folder / "last.pt", None
     refuse_other_run(folder, s)
     if (folder / "metrics.json").exists():
         print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
         return read_json(folder / "metrics.json")
-    if checkpoint.exists() and not flags.resume:
-        raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name NAME "
-                         f"starts another")
-    if flags.resume and not checkpoint.exists():
-        print(f"{folder}: no checkpoint yet, starting from the beginning")
+    state = None
+    if (folder / "last.pt").exists():
+        if not flags.resume:
+            raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
+                             f"NAME starts another")
+        state = load_checkpoint(folder / "last.pt")[1]
     elif flags.resume:
-        state = load_checkpoint(checkpoint)[1]
+        print(f"{folder}: no checkpoint yet, starting from the beginning")
 
     print(f"{s.data} {s.category} -> {folder}")
     model = start_model(s, flags.weights)
@@ -330,7 +326,8 @@ def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progre
         print(f"  {in_words(thresholds(normal, s)[0], len(normal['images']))}")
     if not source.test:
         print("  no test images: trained, but not scored")
-        found = {"data": s.data, "category": s.category, "seed": s.seed, "step": progress["step"],
+        found = {"data": source.category.data, "category": s.category, "seed": s.seed,
+                 "step": progress["step"],
                  "threshold": thresholds(normal, s)[0].value if normal else None}
         save_json(folder / "metrics.json", found)
         return found
@@ -351,10 +348,11 @@ def start_model(s: Settings, weights: str) -> TransFusion:
             load_authors_weights(model, state)
         except ValueError as error:
             raise InputError(f"--weights {weights}: {error} (their network: --preset authors)")
-    layout = torch.channels_last if s.device.startswith("cuda") else torch.contiguous_format
-    if RANKS > 1 and s.device.startswith("cuda"):
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(s.device, memory_format=layout)
+    if s.device.startswith("cuda"):
+        if RANKS > 1:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(s.device)
 
 
 def score_again(s: Settings, flags: argparse.Namespace) -> dict:
@@ -364,26 +362,24 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
         raise InputError("--eval: one process scores; start it without torchrun")
     if flags.weights:
         refuse_other_run(folder, s)
-        refuse_trained_run(folder)
-        model, suffix = start_model(s, flags.weights), ""
-        progress = {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
+        if (folder / "last.pt").exists() and load_checkpoint(folder / "last.pt")[1]["step"] > 0:
+            raise InputError(f"{folder} holds a trained model; give the --weights a --name")
+        model, progress, suffix = start_model(s, flags.weights), new_progress(), ""
     else:
         model, trained, progress = load_model(folder / "last.pt", torch.device(s.device))
-        given = {k: getattr(s, k) for k in flags.given if k in SCORING}
-        fixed = [k for k in flags.given if k not in SCORING and k not in NOT_COMPARED
-                 and k not in ("data", "category", "name", "preset")
-                 and getattr(s, k) != getattr(trained, k)]
-        if fixed:
-            raise InputError(f"--eval: {', '.join(fixed)} cannot be changed after training")
-        used = dataclasses.replace(trained, **given, data=s.data, root=s.root, out=s.out,
-                                   device=s.device, memory_gb=s.memory_gb,
-                                   eval_batch=s.eval_batch)
-        check(used)
-        suffix = "".join(f"-{k}{getattr(used, k)}" for k in SCORING
-                         if getattr(used, k) != getattr(trained, k))
+        changed = [k for k in flags.given if k not in SCORING and k not in NOT_COMPARED
+                   and k not in ("data", "category", "name")
+                   and getattr(s, k) != getattr(trained, k)]
+        if changed:
+            raise InputError(f"--eval: {', '.join(changed)} cannot be changed after training")
+        scoring = {k: getattr(s, k) for k in flags.given if k in SCORING}
+        s = dataclasses.replace(trained, **scoring, data=s.data, root=s.root, out=s.out,
+                                device=s.device, memory_gb=s.memory_gb, eval_batch=s.eval_batch)
+        check(s)
+        suffix = "".join(f"-{k}{getattr(s, k)}" for k in SCORING
+                         if getattr(s, k) != getattr(trained, k))
         if "normal" not in progress:                   # written when the training is over
             suffix = f"-step{progress['step']}{suffix}"
-        s = used
     network_calls(model, s)
     source = load_source(s, training=False)
     if not source.test:
@@ -392,15 +388,9 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
         normal = normal_scores(model, s, source)
         if flags.weights:
             save_json(folder / "config.json", dataclasses.asdict(s))
-            save_checkpoint(folder / "last.pt", s, model, None, None, progress)
-            add_to_checkpoint(folder / "last.pt", normal=normal)
+            content = {**progress, "normal": normal}
+            save_checkpoint(folder / "last.pt", s, model, None, None, content)
         return write_results(folder, model, s, source, progress, normal, suffix)
-
-
-def refuse_trained_run(folder: Path) -> None:
-    """Raise InputError if the folder holds a trained model, which --weights would replace."""
-    if (folder / "last.pt").exists() and load_checkpoint(folder / "last.pt")[1]["step"] > 0:
-        raise InputError(f"{folder} holds a trained model; give the --weights a --name")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -436,17 +426,18 @@ def find_categories(s: Settings) -> tuple[Settings, list[str]]:
         raise InputError(f"--category: one of {', '.join(known)}, or all")
     if s.category != "all":
         return s, [s.category]
-    lacking = [name for name in known if not data.is_texture(s.data, name)
-               and not (Path(s.foreground) / name).is_dir()]
-    if s.foreground not in ("auto", "none") and lacking:
-        raise InputError(f"--foreground {s.foreground}: no folder {lacking[0]} in it (nor for "
-                         f"{len(lacking) - 1} more categories); of all categories each has its own")
+    if s.foreground not in ("auto", "none"):
+        lacking = [name for name in known if not data.is_texture(s.data, name)
+                   and not (Path(s.foreground) / name).is_dir()]
+        if lacking:
+            raise InputError(f"--foreground {s.foreground}: no folder {lacking[0]} in it (nor for "
+                             f"{len(lacking) - 1} more); each category needs one of its own there")
     return s, known
 
 
 @exit_status
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     s, flags = parse(argv)

@@ -4,8 +4,9 @@ Read it beside the paper (Fučka, Zavrtanik, Skočaj, ECCV 2024): section 3.1 is
 process, 3.2 the network and the losses, 3.4 the reverse process. No files and no data in here.
 
 Symbols are the paper's. Tensors are [B, C, H, W]; images lie in [-1, 1]; M is a mask in {0, 1},
-M_t a predicted mask in [0, 1]; t counts from T (opaque anomaly) down to 0 (normal appearance).
-beta_t is what the paper calls the transparency level; it is an opacity: 1 at t = T, 0 at t = 0.
+M_a the guide, an imperfect M, M_t a predicted mask in [0, 1]; t counts from T (opaque anomaly) down
+to 0 (normal appearance). beta_t is what the paper calls the transparency level; it is an opacity:
+1 at t = T, 0 at t = 0.
 """
 import math
 from typing import Iterator, NamedTuple
@@ -38,7 +39,8 @@ def forward_process(n_t: Tensor, eps_t: Tensor, M_t: Tensor, beta_t: float | Ten
 
 def reverse_step(x_t: Tensor, M_t: Tensor, eps_t: Tensor, n_t: Tensor,
                  beta_t: float | Tensor, beta_prev: float | Tensor) -> Tensor:
-    """Eq. 4: x_{t-1} = x_t - d_beta (M_t * eps_t) + d_beta (M_t * n_t), d_beta = beta_t - beta_{t-1}.
+    """Eq. 4: x_{t-1} = x_t - (beta_t - beta_{t-1}) (M_t * eps_t)
+                        + (beta_t - beta_{t-1}) (M_t * n_t).
 
     It holds for a longer step, too: beta_prev is that of the step gone to. x_t, eps_t, n_t:
     [B, 3, H, W]; M_t: [B, 1, H, W]; betas: numbers or [B, 1, 1, 1]. Returns [B, 3, H, W].
@@ -52,16 +54,16 @@ def transparency_schedule(T: int, kind: str = "linear", authors: bool = False) -
 
     kind: "linear", "quadratic" (u^2) or "root" (sqrt u), u evenly spaced on [0, 1]. The paper has
     T transitions, so T + 1 values; the authors' code has T values. Computed in float64, returned
-    as float32. Raises ValueError for a T that leaves no transition or for an unknown kind.
+    as float32. Raises ValueError for a T that leaves no step of restoration or for an unknown kind.
     """
-    least = 3 if authors else 1
+    least = 3 if authors else 1                    # theirs starts at T - 2
     if T < least:
         raise ValueError(f"T = {T} leaves no step of restoration: it must be at least {least}")
-    values = T if authors else T + 1
-    u = torch.linspace(0, 1, values, dtype=torch.float64)
-    if kind not in ("linear", "quadratic", "root"):
-        raise ValueError(f"unknown schedule {kind!r}: linear, quadratic or root")
-    return {"linear": u, "quadratic": u ** 2, "root": u.sqrt()}[kind].float()
+    u = torch.linspace(0, 1, T if authors else T + 1, dtype=torch.float64)
+    schedules = {"linear": u, "quadratic": u ** 2, "root": u.sqrt()}
+    if kind not in schedules:
+        raise ValueError(f"unknown schedule {kind!r}: {', '.join(schedules)}")
+    return schedules[kind].float()
 
 
 # ---------------------------------------------------------------- section 3.2: the network
@@ -92,8 +94,8 @@ PE_CHANNELS = {"2d": 16, "row": 1, "none": 0}
 def norm(channels: int) -> nn.GroupNorm:
     """32 groups, or as many as divide both 32 and the channels: one a channel for 16 and 32.
 
-    That subtracts the time embedding again, a constant of the channel: in a network of 16 or 32
-    channels t acts only at the lower resolutions.
+    One channel a group takes out again what the time embedding adds to it, a constant: in a network
+    of 16 or 32 channels t acts only at the lower resolutions.
     """
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
@@ -169,7 +171,10 @@ class Block(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halves the resolution (3x3 conv of stride 2) or doubles it (4x4 transposed conv)."""
+    """Halves the resolution (3x3 conv of stride 2) or doubles it (4x4 transposed conv).
+
+    It takes the time embedding, unused, so that all layers are called alike.
+    """
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
@@ -194,10 +199,10 @@ class Middle(nn.Module):
 class ResUNet(nn.Module):
     """The network of section 3.2: x_t, the guide M_a, PE and t in; eps_t, n_t and M_t's logit out.
 
-    Four levels of width 1, 2, 4, 8 x `channels`, two residual blocks each on the way down and three
-    on the way up, attention at the two lowest resolutions: 54.6 M parameters at 64 channels. The
-    anomaly head has a GroupNorm and a SiLU before its convolution, as in the authors' network (in
-    the paper it is the convolution alone).
+    Where the paper says no more than ResUNet it is the authors': four levels of width 1, 2, 4, 8 x
+    `channels`, two residual blocks each on the way down and three on the way up, attention at the
+    two lowest resolutions, 54.6 M parameters at 64 channels; so are the GroupNorm and the SiLU of
+    the anomaly head (in the paper a convolution alone).
 
     channels: a multiple of 8. pe: a key of PE_CHANNELS; guide: whether the network sees the
     previous mask estimate (Table 4's ablations take either out of it). recompute: in training,
@@ -211,7 +216,7 @@ class ResUNet(nn.Module):
         self.pe, self.guide, self.recompute = pe, guide, recompute
         widths = [channels, 2 * channels, 4 * channels, 8 * channels]
         c_time = 4 * channels
-        self.image_proj = nn.Conv2d(3 + guide + PE_CHANNELS[pe], channels, 3, padding=1)
+        self.image_proj = nn.Conv2d(3 + int(guide) + PE_CHANNELS[pe], channels, 3, padding=1)
         self.time_emb = TimeEmbedding(channels)
 
         self.down, skips, c = nn.ModuleList(), [channels], channels
@@ -267,7 +272,8 @@ class ResUNet(nn.Module):
             skips.append(h)
         h = self.output_of(self.middle, h, time)
         for layer in self.up:
-            h = h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], 1)
+            if not isinstance(layer, Resample):
+                h = torch.cat([h, skips.pop()], 1)
             h = self.output_of(layer, h, time)
         return self.anomaly_head(h).float(), self.normal_head(h).float(), self.mask_head(h).float()
 
@@ -311,7 +317,7 @@ def mask_loss(logit: Tensor, M: Tensor, alpha: float = 5.0) -> Tensor:
 
 
 def anomaly_loss(eps_t: Tensor, eps: Tensor) -> Tensor:
-    """Eq. 7: L_a = L2(eps_t, eps), the mean squared error; eps is zero outside M."""
+    """Eq. 7: L_a = L2(eps_t, eps), the mean squared error; eps is zero outside M (the authors')."""
     return F.mse_loss(eps_t, eps)
 
 
@@ -329,7 +335,7 @@ def total_loss(L_n: Tensor, L_m: Tensor, L_a: Tensor, L_c: Tensor) -> Tensor:
 # ---------------------------------------------------------------- training and restoration
 
 class Step(NamedTuple):
-    """One step of the restoration: all [B, C, H, W], M_t in [0, 1]."""
+    """One step of the restoration: [B, C, H, W]; M_t in [0, 1], x_prev made with M_t > 0.5."""
     t: int
     x_t: Tensor
     M_t: Tensor
@@ -347,7 +353,7 @@ class Restoration(NamedTuple):
 
 
 class TransFusion(nn.Module):
-    """The network with its transparency schedule, and the few readings the paper leaves open.
+    """The network with its transparency schedule, and the switches between paper and authors' code.
 
     T, schedule: section 4.3 and Table 4. authors_schedule: T values instead of T + 1, and the
     restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
@@ -400,20 +406,20 @@ class TransFusion(nn.Module):
         M_t = logit.sigmoid() if self.soft_consistency else (logit > 0).float()
         terms = {"n": normal_loss(n_t, x),
                  "m": mask_loss(logit, M),
-                 "a": anomaly_loss(scale * eps_t, scale * eps),
+                 "a": anomaly_loss(scale * eps_t, scale * eps),                # on the head itself
                  "c": consistency_loss(x_t, M_t, eps_t, n_t, beta_t, beta_prev, x_prev)}
-        kept = [0.0 if name in drop else term for name, term in terms.items()]
-        return {"loss": total_loss(*kept), **terms}
+        kept = {f"L_{name}": 0.0 if name in drop else term for name, term in terms.items()}
+        return {"loss": total_loss(**kept), **terms}                           # Eq. 9
 
     forward = losses                    # a training pass is what DistributedDataParallel wraps
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """The steps that a restoration visits: t_k = round(T - k T / K), k = 0..K.
+        """The steps that a restoration visits: t_k = round(first - k first / K), k = 0..K.
 
-        infer_steps: K, the network calls; 0 for all the schedule has. In the authors' schedule the
-        first is T - 2, not the last step. Raises ValueError for a K that is not in 0..T.
+        first: T, or T - 2 in the authors' schedule. infer_steps: K, the network calls; 0 for as
+        many as there are. Raises ValueError for a K that is not in 0..first.
         """
-        first = self.last_step - self.authors_schedule
+        first = self.last_step - 1 if self.authors_schedule else self.last_step
         K = infer_steps or first
         if not 1 <= K <= first:
             raise ValueError(f"{K} inference steps asked for, the schedule has 1 to {first}")
@@ -437,7 +443,7 @@ class TransFusion(nn.Module):
         for step in self.reverse_process(x, infer_steps):
             M_sum += step.M_t
             calls += 1
-        M_disc = M_sum / (calls + self.authors_schedule)        # they divide by one too many
+        M_disc = M_sum / (calls + 1 if self.authors_schedule else calls)      # theirs: one too many
         return Restoration(step.x_prev, M_disc, reconstruction_error(x, step.x_prev), step.M_t)
 
 

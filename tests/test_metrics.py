@@ -216,6 +216,18 @@ def test_pixel_metrics_are_scikit_learns(levels):
                                               abs=1e-12)
 
 
+def test_the_rate_asked_for_is_5_percent():
+    assert metrics.normal_threshold(range(39)).value == 37             # 2 of 40
+
+
+def test_the_best_f1_where_precision_and_recall_are_low():
+    """The best threshold has precision 1/4 and recall 1/2, less than 1 together."""
+    labels = np.zeros(1000, int)
+    labels[[996, 0]] = 1                                               # fourth from above, and last
+    with pytest.warns(UserWarning, match="no ground truth"):
+        assert metrics.evaluate(labels, np.arange(1000.0))["image_f1max"] == pytest.approx(1 / 3)
+
+
 def test_threshold_of_every_rate():
     """A rate of 1 takes the lowest score, a rate of 0 the highest."""
     assert metrics.normal_threshold([3, 1, 2], 1.0).value == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from test_train import argv_for, parts  # noqa: F401  (a fixture)
+from test_train import argv_for, parts, write_parts  # noqa: F401  (a fixture)
 
 HERE = Path(train.__file__).parent
 STEPS = 20
@@ -20,21 +20,23 @@ import torch, train
 from runs import load_source, make_folder, run_folder
 from settings import parse
 
-out, frozen, *argv = sys.argv[1:]
+out, *argv = sys.argv[1:]
 s, _ = parse([*argv, "--steps", "{STEPS}"])
 if train.RANKS > 1:
     s = train.join_ranks(s)
-model, source = train.start_model(s, ""), load_source(s)
-if frozen == "frozen":
-    model.net.mask_head[0].eval()
-batches, losses = [], []
-make_batch, mean_over_ranks = train.make_batch, train.mean_over_ranks
-train.make_batch = lambda *which: batches.append(make_batch(*which)) or batches[-1]
-train.mean_over_ranks = lambda each: losses.append(mean_over_ranks(each)) or losses[-1]
+source = load_source(s)
 make_folder(run_folder(s))
-train.train(model, s, source, run_folder(s))
-torch.save({{"model": dict(model.named_parameters()), "batches": batches[-{STEPS}:],
-            "losses": [list(each.values()) for each in losses]}}, out + str(train.RANK))
+make_batch, mean_over_ranks = train.make_batch, train.mean_over_ranks
+for batchnorm in ("frozen", "split"):
+    model, batches, losses = train.start_model(s, ""), [], []
+    if batchnorm == "frozen":
+        model.net.mask_head[0].eval()
+    train.make_batch = lambda *which: batches.append(make_batch(*which)) or batches[-1]
+    train.mean_over_ranks = lambda each: losses.append(mean_over_ranks(each)) or losses[-1]
+    train.train(model, s, source, run_folder(s))
+    torch.save({{"model": dict(model.named_parameters()), "batches": batches[-{STEPS}:],
+                "losses": [list(each.values()) for each in losses]}},
+               out + batchnorm + str(train.RANK))
 """
 
 
@@ -46,18 +48,26 @@ def launch(ranks, *argv):
     return done
 
 
-@pytest.mark.parametrize("batchnorm", ["frozen", "split"])
-def test_two_ranks_train_as_one(parts, tmp_path, batchnorm):  # noqa: F811
-    script = tmp_path / "ranks.py"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with what one process and two have trained on, how, and to what."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_parts(folder)
+    script = folder / "ranks.py"
     script.write_text(SCRIPT)
     with ThreadPoolExecutor() as pool:
-        for done in pool.map(lambda ranks: launch(ranks, str(script), str(tmp_path / f"{ranks}-"),
-                                                  batchnorm, *argv_for(parts, "--batch", "8",
-                                                                       "--hold-out", "0.33")),
-                             (1, 2)):
+        for done in pool.map(lambda ranks: launch(
+                ranks, str(script), str(folder / f"{ranks}-"), *argv_for(
+                    folder / "parts", "--batch", "8", "--hold-out", "0.33", "--name", str(ranks))),
+                (1, 2)):
             assert done.returncode == 0, done.stderr[-2000:]
-    one = torch.load(tmp_path / "1-0")
-    a, b = (torch.load(tmp_path / f"2-{rank}") for rank in (0, 1))
+    return folder
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "split"])
+def test_two_ranks_train_as_one(trained, batchnorm):
+    one = torch.load(trained / f"1-{batchnorm}0")
+    a, b = (torch.load(trained / f"2-{batchnorm}{rank}") for rank in (0, 1))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for whole, left, right in zip(one["batches"], a["batches"], b["batches"]):
         for part, x, y in zip(whole, left, right):

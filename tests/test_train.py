@@ -37,11 +37,10 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.fixture
-def parts(tmp_path) -> Path:
-    """A small category of the user's own, parts/bolt, as the current folder's neighbour."""
+def write_parts(folder: Path) -> None:
+    """A small category of the user's own, folder/parts/bolt."""
     rng = np.random.default_rng(0)
-    root = tmp_path / "parts" / "bolt"
+    root = folder / "parts" / "bolt"
 
     def save(place, image):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +57,12 @@ def parts(tmp_path) -> Path:
         image[8:16, 8:16], mask[8:16, 8:16] = 220, 255
         save(f"test/dent/{k}.png", image)
         save(f"ground_truth/dent/{k}_mask.png", mask)
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    """A small category of the user's own, parts/bolt, as the current folder's neighbour."""
+    write_parts(tmp_path)
     return tmp_path / "parts"
 
 

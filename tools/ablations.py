@@ -5,9 +5,9 @@
     python tools/ablations.py --data mvtec --category all --preset paper    210 trainings, on GPUs
 
 Fourteen trainings a category, the full model with three seeds among them, in runs/ablations/
-(--out), all scored in all steps. A finished run is skipped, an interrupted one goes on where it
-stood. Writes a table4-DATA-CATEGORY.csv a category, which 04_ablations.ipynb reads, and prints the
-differences to the full model beside the paper's, of several categories their average at the end.
+(--out), scored in all steps; finished ones are skipped, interrupted ones go on. Writes a
+table4-DATA-CATEGORY.csv a category, which 04_ablations.ipynb reads, and prints the differences to
+the full model beside the paper's, of several categories their average at the end.
 """
 import sys
 from pathlib import Path

@@ -196,10 +196,10 @@ def print_table(rows: list[dict], rate: float) -> None:
 
 @exit_status
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
     parser = argparse.ArgumentParser(
         description="Time training, restoration and scoring.",
-        epilog="Any flag of train.py, too: --preset (here cpu), --device, --precision, --resize ...")
+        epilog="Any flag of train.py, too: --preset (default cpu), --device, --resize ...")
     parser.add_argument("--repeats", type=int, default=5, help="median over so many (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--cost", type=Path, metavar="FILE",
@@ -218,11 +218,8 @@ def main(argv: list[str] | None = None) -> None:
           f"{hardware(s.device)}; matrix product {rate:.0f} GFLOP/s")
     print_table(rows, rate)
     memory = memory_rows(s) if flags.memory else []
-    if memory:
-        print("\npeak GB " + "".join(f"{name:>23}" for name in memory[0]))
     for r in memory:
-        print("        " + "".join(f"{v:23.2f}" if isinstance(v, float) else f"{v:23}"
-                                   for v in r.values()))
+        print("peak GB: " + ", ".join(f"{k} {round(v, 2)}" for k, v in r.items()))
     if flags.cost:
         save_csv(flags.cost, cost_rows(s, flags.repeats))
     if flags.json:

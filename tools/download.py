@@ -283,9 +283,9 @@ def listing(path: Path) -> data.Category:
         return data.Category("", path.name, path, [], faults=[str(error)])
     masks = {mask for folder in (*path.glob("Data/Masks/*"), *path.glob("ground_truth/*"))
              if folder.name not in data.GOOD for mask in data.list_images(folder)}
-    for mask in sorted(masks - {item.mask for item in found.test}):
-        if not any(line.startswith(f"{mask}: ") for line in found.faults):
-            found.faults.append(f"{mask}: a mask without its image")
+    alone = [f"{mask}: a mask without its image"
+             for mask in sorted(masks - {item.mask for item in found.test})]
+    found.faults.extend(line for line in alone if line not in found.faults)
     counts = "/".join(map(str, counts_of(found)))
     if counts != PUBLISHED.get(path.name, counts):
         found.faults.append(f"{path}: {counts} images for training / good / defective, published "
