@@ -102,10 +102,10 @@ def score(model: TransFusion, s: Settings, source: Source):
 
 
 def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> float:
-    """Time to restore one image alone (Table 5): the median of five after one to warm up."""
+    """Time to restore one image alone (Table 5): the median of three after one to warm up."""
     device, times = next(model.parameters()).device, []
     model.eval()
-    for k in range(6):
+    for k in range(4):
         x = data.scale(images[[k % len(images)]].to(device))
         start = time.perf_counter()
         model.restore(x, s.infer_steps).x_0.cpu()              # waits for the device

@@ -79,7 +79,7 @@ def test_all_categories_give_a_table_each_and_their_average(parts, monkeypatch, 
     shutil.copytree(parts / "bolt", parts / "nut")
     monkeypatch.setattr(ablations, "conditions", lambda: [("full model", "", "0"),
                                                           ("only M_1", "--final-mask last", "0")])
-    argv = argv_for(parts, "--steps", "2")
+    argv = argv_for(parts, "--steps", "2", "--infer-steps", "0")
     argv[argv.index("bolt")] = "all"
     assert ablations.main(argv) == 0
     said = capsys.readouterr().out

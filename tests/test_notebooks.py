@@ -1,4 +1,5 @@
 """Every notebook runs from top to bottom on the small model; the paper's tables add up."""
+import os
 from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -36,9 +37,10 @@ NOT_THE_MEAN = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def executed(small, demo_root):
-    """The notebooks, two at a time, with the shared model's run and data instead of ../runs."""
+    """The notebooks, one after the other in the background on one core, with the shared model's run
+    and data instead of ../runs."""
     def execute(path):
         notebook = nbformat.read(path, as_version=4)
         setup = notebook.cells[1]
@@ -46,11 +48,16 @@ def executed(small, demo_root):
         setup.source = source.replace('"../runs"', repr(str(small[0].parents[1])))
         assert setup.source.count(str(demo_root)) == 1
         NotebookClient(notebook, timeout=300,
-                       resources={"metadata": {"path": str(FOLDER)}}).execute()
+                       resources={"metadata": {"path": str(FOLDER)}}).execute(
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("OMP_NUM_THREADS", "1")             # of the kernels: one core each
-        return {path: pool.submit(execute, path) for path in NOTEBOOKS}
+    with ThreadPoolExecutor(1) as pool:
+        yield {path: pool.submit(execute, path) for path in NOTEBOOKS}
+
+
+def test_there_are_notebooks(executed):
+    """They start here and run beside the other tests."""
+    assert len(executed) >= 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -22,6 +22,7 @@ import metrics
 import predict
 import settings
 import train
+from conftest import all_cores
 from evaluate import against_normal, score_maps
 from runs import load_model, load_source, refuse_other_run, steps_per_epoch
 from settings import InputError, Settings, parse
@@ -30,7 +31,7 @@ from test_runs import authors_state
 
 HERE = Path(train.__file__).parent
 TINY = ["--resize", "32", "--crop", "32", "--channels", "8", "--precision", "float32", "--device",
-        "cpu", "--batch", "4", "--preset", "quick"]
+        "cpu", "--batch", "4", "--preset", "quick", "--infer-steps", "2"]
 
 
 def contents(folder):
@@ -170,7 +171,8 @@ def test_eval_again_gives_the_same_numbers_and_other_settings_overwrite_nothing(
     assert set(after) - set(before) == {"metrics-infer_steps2-lam0.5.json"}
     assert all(after[name] == before[name] for name in before)
     assert json.loads(after["metrics-infer_steps2-lam0.5.json"])["infer_steps"] == 2
-    assert train.main([*argv, "--eval", "--memory-gb", "0"]) == 0     # images and maps on disk
+    with all_cores():
+        assert train.main([*argv, "--eval", "--memory-gb", "0"]) == 0 # images and maps on disk
     old, new = (json.loads(files["metrics.json"]) for files in (before, contents(folder)))
     old.pop("seconds_per_image"), new.pop("seconds_per_image")
     assert old == new and contents(folder)["scores.csv"] == before["scores.csv"]
@@ -441,7 +443,8 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
 
 def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys):
     torch.save(authors_state(), tmp_path / "bolt_model.pkl")
-    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--eval", "--weights")
+    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0", "--eval",
+                    "--weights")
     assert train.main([*argv, str(tmp_path / "bolt_model.pkl")]) == 0
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert json.loads((folder / "metrics.json").read_text())["infer_steps"] == 18
@@ -548,6 +551,15 @@ def test_bad_data(parts, capsys, harm, expected):
     assert not (parts.parent / "runs").exists()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with parts/bolt and a run of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_parts(folder)
+    assert train.main(argv_for(folder / "parts")) == 0
+    return folder
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -563,11 +575,12 @@ class Malicious:
     ("settings", ["is not a checkpoint of train.py"]),
     ("setting", ["channels 'many'"]),
 ])
-def test_bad_checkpoints(parts, capsys, monkeypatch, content, expected):
+def test_bad_checkpoints(trained, tmp_path, capsys, monkeypatch, content, expected):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    parts = tmp_path / "parts"
     monkeypatch.chdir(parts)
     argv = argv_for(parts)
-    assert train.main(argv) == 0
-    path = parts.parent / "runs" / "parts" / "bolt" / "last.pt"
+    path = tmp_path / "runs" / "parts" / "bolt" / "last.pt"
     state = torch.load(path, weights_only=True)
     if content == "pickle":
         path.write_bytes(pickle.dumps(Malicious()))

@@ -86,6 +86,8 @@ def test_schedules():
         assert beta.tolist() == pytest.approx([law(k / 20) for k in range(21)], abs=1e-7)
     authors = tf.transparency_schedule(20, authors=True)
     assert authors.tolist() == pytest.approx([k / 19 for k in range(20)], abs=1e-7)
+    assert tf.transparency_schedule(1).tolist() == [0, 1]
+    assert tf.transparency_schedule(3, authors=True).tolist() == [0, 0.5, 1]
     for bad, authors in ((0, False), (-3, False), (2, True)):
         with pytest.raises(ValueError, match="T ="):
             tf.transparency_schedule(bad, authors=authors)

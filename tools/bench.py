@@ -25,7 +25,7 @@ import demo
 import metrics
 import train
 from runs import load_source, save_csv, save_json, steps_per_epoch
-from settings import Settings, exit_status, hardware, parse
+from settings import InputError, Settings, exit_status, hardware, parse
 from transfusion import TransFusion
 
 
@@ -206,6 +206,9 @@ def main(argv: list[str] | None = None) -> None:
                         help="write how an image's time grows with size, width and calls, as CSV")
     parser.add_argument("--memory", action="store_true", help="peak memory by batch and size, too")
     flags, others = parser.parse_known_args(argv)
+    for path in (flags.json, flags.cost):
+        if path and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}")
     s, _ = parse(["--category", "gear", "--preset", "cpu", "--root", "data", *others])
     demo.write(Path(s.root) / "demo", "gear")
     rate = matmul_rate(torch.device(s.device), torch.bfloat16 if s.precision == "bf16" else
