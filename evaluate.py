@@ -115,7 +115,7 @@ def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> f
 
 # ---------------------------------------------------------------- thresholds
 
-KEPT = 0.1      # share of the normal pixels' scores kept, the largest: settings.check allows no more
+KEPT = 0.1      # share of the normal pixels' scores kept, the largest; settings.check asks no more
 
 
 def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | None:
@@ -144,8 +144,8 @@ def in_words(image: metrics.Threshold, count: int) -> str:
     """What an image threshold from `count` normal images promises, and how surely."""
     return (f"threshold {image.value:.4f} from {count} held-out normal image"
             f"{'s' if count > 1 else ''}: about {100 * image.rate:.1f} % of normal parts will be "
-            f"called defective (anything from {100 * image.low:.1f} to "
-            f"{100 * image.high:.1f} % is plausible with so many images)")
+            f"called defective (with {count} anything from {100 * image.low:.1f} to "
+            f"{100 * image.high:.1f} % is plausible)")
 
 
 def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
