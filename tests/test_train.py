@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ import predict
 import settings
 import train
 from conftest import all_cores
-from evaluate import against_normal, score_maps
-from runs import load_model, load_source, refuse_other_run, steps_per_epoch
+from evaluate import against_normal, score_maps, seconds_per_image
+from runs import build_model, load_model, load_source, refuse_other_run, steps_per_epoch
 from settings import InputError, Settings, parse
 from test_demo import mean_std_model
 from test_runs import authors_state
+from transfusion import Restoration
 
 HERE = Path(train.__file__).parent
 TINY = ["--resize", "32", "--crop", "32", "--channels", "8", "--precision", "float32", "--device",
@@ -477,6 +479,20 @@ def test_without_a_gpu_the_cpu_preset_is_taken_and_said(parts, capsys, monkeypat
     ("paper", ["--resize", "288"], 224)])
 def test_a_preset_without_a_crop_has_none_at_another_size(preset, flags, crop):
     assert parse(["--preset", preset, *flags])[0].crop == crop
+
+
+def test_seconds_per_image_is_of_one_image_alone_after_a_warm_up(parts, monkeypatch):
+    s, _ = parse(argv_for(parts))
+    source, model, sizes = load_source(s), build_model(s), []
+
+    def restore(x, infer_steps):
+        sizes.append(len(x))
+        time.sleep(0.3 if len(sizes) == 1 else 0.01)
+        return Restoration(x, x, x, x)
+
+    monkeypatch.setattr(model, "restore", restore)
+    assert 0.01 < seconds_per_image(model, s, source.test) < 0.1
+    assert sizes == [1, 1, 1, 1]
 
 
 def test_the_learning_rate_of_the_paper():
