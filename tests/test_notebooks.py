@@ -3,7 +3,6 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 
 import nbformat
 import numpy as np
