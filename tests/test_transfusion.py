@@ -303,6 +303,16 @@ def test_eq4_at_inference_uses_the_binary_mask():
     assert torch.allclose(model.restore(tf.forward_process(n, eps, M, 1.0)).x_0, n, atol=1e-5)
 
 
+def test_a_mask_of_one_half_is_not_above_it():
+    x, eps, M, M_a, t = tiny_batch()
+    model = tiny(soft_consistency=False)
+    model.net = Fake(lambda x_t, *_: (x_t + 1, x_t - 1, torch.zeros_like(x_t[:, :1])))
+    assert torch.equal(model.restore(x).x_0, x)                      # nothing is restored
+    x_t, x_prev = (tf.forward_process(x, eps, M, model.beta_at(step)) for step in (t, t - 1))
+    assert float(model.losses(x, eps, M, M_a, t)["c"]) == pytest.approx(
+        float(((x_t - x_prev) ** 2).mean()))
+
+
 def test_authors_restoration_starts_late_and_divides_by_one_more():
     n, eps, M = (part.float() for part in random_parts(S=8))
     model = tiny(**AUTHORS)
