@@ -173,12 +173,13 @@ def read_visa(data: str, name: str, path: Path) -> Category:
             mask = None if normal or row["split"] == "train" else path.parent / row["mask"]
             gone = [p for p in (image, mask) if p and not p.is_file()]
             faults += [f"{p}: in VisA's table, but not there" for p in gone]
-            if gone:
+            if image in gone:
                 continue
             if row["split"] == "train":
                 train.append(image)
             else:
-                test.append(Item(image, 0 if normal else 1, "good" if normal else "bad", mask))
+                test.append(Item(image, 0 if normal else 1, "good" if normal else "bad",
+                                 None if mask in gone else mask))
     except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: not VisA's table object,split,label,image,mask ({error!r})")
     return Category(data, name, path, train, test, faults=faults)

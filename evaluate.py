@@ -96,7 +96,7 @@ def image_scores(M_final: np.ndarray) -> np.ndarray:
 
 
 def score(model: TransFusion, s: Settings, source: Source):
-    """Restore and score the test set: metrics, raw maps, image scores."""
+    """Restore and score the test set: metrics, image scores [N], raw maps."""
     maps = raw_maps(model, source.test, range(len(source.test)), s)
     return *score_maps(maps, source.category.labels, source.masks, s), maps
 

@@ -122,6 +122,15 @@ def test_visa_without_its_table_or_with_a_wrong_one(tmp_path):
         data.find_category("visa", "candle", tmp_path)
 
 
+def test_visa_without_a_mask_keeps_the_image_and_names_the_fault(tmp_path):
+    visa_tree(tmp_path, visa_rows())
+    mask = tmp_path / "candle" / "Data" / "Masks" / "Anomaly" / "0.png"
+    mask.unlink()
+    found = data.read_category("visa", "candle", tmp_path / "candle")
+    assert found.faults == [f"{mask}: in VisA's table, but not there"]
+    assert [(item.label, item.mask) for item in found.test] == [(0, None), (1, None)]
+
+
 def test_no_ground_truth_folder_and_no_test_folder_are_fine(tmp_path):
     root = mvtec_tree(tmp_path / "a", masks=False)
     found = data.find_category(str(tmp_path), "a", tmp_path)
