@@ -27,7 +27,7 @@ try:
 except ImportError:                                                  # Windows
     fcntl = None
 
-FORMAT = 1                                          # version of the checkpoint's layout
+FORMAT = 2                                          # version of the checkpoint's layout
 SCORING_GRID = 256                                  # side of an image, uncropped, where scored
 RANK = int(os.environ.get("RANK", 0))               # torchrun's number of this process
 
@@ -94,7 +94,7 @@ def build_model(s: Settings) -> TransFusion:
         model = TransFusion(s.channels, s.T, s.schedule, s.pe, guide=s.sim_mask,
                             authors_schedule=s.authors_schedule, anomaly_target=s.anomaly_target,
                             soft_consistency=s.soft_consistency, bf16=s.precision == "bf16",
-                            recompute=s.recompute)
+                            attention_norm=s.attention_norm, recompute=s.recompute)
     except ValueError as error:
         raise InputError(f"--T {s.T}: {error}")
     if s.init == "identity":
@@ -108,17 +108,12 @@ def start_from_identity(net: ResUNet) -> None:
 
     Most of an image is normal, so this is most of the answer; from torch's default values
     hundreds of steps pass before it is learned. The paper says nothing on initialisation.
-
-    Attention starts nearly even, by small weights of q and k. Its input is not normalised and
-    grows: with torch's weights logits reached thousands, and then the gradient exploded.
     """
     for module in net.modules():
         if isinstance(module, (ResidualBlock, Attention)):
             last = module.conv2 if isinstance(module, ResidualBlock) else module.output
             last.weight.zero_()
             last.bias.zero_()
-        if isinstance(module, Attention):                # q and k, of q, k and v
-            module.projection.weight[:2 * module.output.in_features].mul_(0.1)
     last = net.up[-1].res.shortcut                     # sees [h, the input convolution]
     skip = last.in_channels - net.image_proj.out_channels
     for layer, source in ((net.image_proj, 0), (last, skip), (net.normal_head, 0)):
@@ -242,8 +237,10 @@ def load_torch(path: Path) -> dict:
 
 def new_progress() -> dict:
     """What a checkpoint holds of a training beside the weights: steps done, seconds, the sums of
-    the epoch's losses, a row for every epoch and for every evaluation."""
-    return {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []}
+    the epoch's losses, a row for every epoch and for every evaluation; then what `count_step` keeps
+    to tell a run-away, and how often the training went back."""
+    return {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": [],
+            "usual": {}, "high": 0, "returns": 0}
 
 
 def save_checkpoint(path: Path, s: Settings, model: TransFusion, average, optimizer,

@@ -112,14 +112,14 @@ class Settings:
     light: float = setting(0.0, "light augmentation, not in the paper: the brightness of every "
                            "image times 1 - LIGHT to 1 + LIGHT", "training")
     channels: int = setting(64, "width of the network at full resolution", "training")
+    attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
+                                   "the paper nor the authors have", "training")
     batch: int = setting(8, "images a step, half of them made anomalous", "training")
     epochs: int = setting(1500, "passes over the training images", "training")
     steps: int = setting(0, "optimiser steps; instead of --epochs if not 0", "training")
     init: str = setting("default", "initial weights: torch's, or those that return the input",
                         "training", ("default", "identity"))
     lr: float = setting(1e-5, "AdamW's learning rate", "training")
-    attention_lr: float = setting(1.0, "factor on the learning rate of the attention layers",
-                                  "training")
     lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
                                "training", ("step", "cosine"))
     lr_drop: int = setting(800, "epoch of the step schedule's drop", "training")
@@ -164,11 +164,11 @@ PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "cpu": dict(resize=96, crop=96, channels=16, init="identity", steps=4400, lr=1e-3,
-                attention_lr=0.1, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995,
-                precision="auto", hold_out=0.1, checkpoint_every=200, infer_steps=3),
-    "quick": dict(resize=80, crop=80, rotation=10.0, channels=16, batch=4, init="identity",
-                  steps=1200, lr=1e-3, attention_lr=0.1, lr_schedule="cosine", warmup=50, clip=1.0,
+    "cpu": dict(resize=96, crop=96, channels=16, attention_norm=True, init="identity", steps=4400,
+                lr=1e-3, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995, precision="auto",
+                hold_out=0.1, checkpoint_every=200, infer_steps=3),
+    "quick": dict(resize=80, crop=80, rotation=10.0, channels=16, attention_norm=True, batch=4,
+                  init="identity", steps=1200, lr=1e-3, lr_schedule="cosine", warmup=50, clip=1.0,
                   ema=0.99, precision="auto", hold_out=0.1, checkpoint_every=200),
 }
 # What does not change a run's numbers, so a finished run stays the same run under other values.
@@ -260,8 +260,7 @@ def check(s: Settings) -> None:
                              f"the nearest is {max(16, round(value / 8) * 8)}")
     if s.crop > s.resize:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
-    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("attention_lr", 0),
-                      ("T", 1), ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0),
+    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1), ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0),
                       ("checkpoint_every", 1), ("clip", 0), ("seed", 0), ("weight_decay", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "

@@ -29,7 +29,7 @@ import data
 import demo
 import perlin
 from evaluate import in_words, network_calls, normal_scores, score, thresholds, write_results
-from runs import (RANK, Source, add_to_checkpoint, build_model, load_authors_weights,
+from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, load_authors_weights,
                   load_checkpoint, load_model, load_source, load_state, load_torch, locked,
                   new_progress, read_json, refuse_other_run, run_folder, save_checkpoint, save_csv,
                   save_json, steps_per_epoch)
@@ -38,12 +38,20 @@ from transfusion import TransFusion
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))      # torchrun's processes; only rank 0 writes
 
+# A training has run away when RUN_AWAY more steps than not were far above the usual, FAR times the
+# mean over the last MEMORY steps; up to SPIKES of them are nothing. It goes back RETURNS times.
+FAR = {"loss": 3, "gradient": 10}
+MEMORY, SPIKES, RUN_AWAY, RETURNS = 100, 3, 20, 3
+
 
 def train(model: TransFusion, s: Settings, source: Source, folder: Path,
           state: dict | None = None, eval_every: int = 0) -> tuple[TransFusion, dict]:
     """Train to the last step, from the start or from `state`, a checkpoint's content.
 
+    A step whose loss or gradient is not finite changes nothing. A training that runs away goes back
+    to its last checkpoint, with half the learning rate from there; what is sick is never saved.
     Returns the model to score, averaged where the settings say so, and the progress record.
+    Raises InputError where it runs away again after RETURNS times.
     """
     device, per_epoch = torch.device(s.device), steps_per_epoch(s, source)
     steps = s.steps or s.epochs * per_epoch
@@ -56,34 +64,48 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
         model, find_unused_parameters=bool(s.drop_loss))
     scored = average.module if average else model
     start = time.perf_counter() - progress["seconds"]
+    saved = progress["step"]
+    if not state:
+        save_progress(folder, s, model, average, optimizer, progress)
     with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
                                               desc=s.category, unit="step", mininterval=0.5) as bar:
-        for step in range(progress["step"], steps):
-            rate = learning_rate(s, step, steps, per_epoch)
+        while progress["step"] < steps:
+            rate = learning_rate(s, progress["step"], steps, per_epoch) / 2 ** progress["returns"]
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
-            batch = make_batch(s, source, model.last_step, step, device)
+                group["lr"] = rate
+            batch = make_batch(s, source, model.last_step, progress["step"], device)
+            statistics = [buffer.clone() for buffer in model.buffers()]           # BatchNorm's
             losses = network(*batch, drop=s.drop_loss)      # TransFusion.losses: Eq. 2-9
             optimizer.zero_grad()
             losses["loss"].backward()
-            if s.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            optimizer.step()
-            if average:
-                average.update_parameters(model)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
+            found = mean_over_ranks({**losses, "gradient": norm})
+            if all(map(math.isfinite, found.values())):
+                optimizer.step()
+                if average:
+                    average.update_parameters(model)
+            else:
+                for buffer, before in zip(model.buffers(), statistics):
+                    buffer.copy_(before)
 
-            count_step(progress, mean_over_ranks(losses), time.perf_counter() - start)
+            count_step(progress, found, time.perf_counter() - start)
+            at_end, sick = progress["step"] == steps, progress["high"] > SPIKES
+            if progress["high"] >= RUN_AWAY or sick and at_end:
+                progress = go_back(progress, found, s, model, optimizer, average, folder)
+                bar.update(progress["step"] - bar.n)
+                continue
             bar.update()
-            at_end = step + 1 == steps
-            if (step + 1) % per_epoch == 0 or at_end:
+            if progress["step"] % per_epoch == 0 or at_end:
                 close_epoch(progress, per_epoch, rate, bar)
                 score_epoch(scored, s, source, folder, progress, eval_every)
             asked_to_stop = any_rank(interruption.asked, device)
-            if asked_to_stop or at_end or (step + 1) % s.checkpoint_every == 0:
+            due = asked_to_stop or at_end or progress["step"] % s.checkpoint_every == 0
+            if due and not sick:
                 save_progress(folder, s, model, average, optimizer, progress)
+                saved = progress["step"]
             if asked_to_stop and not at_end:
-                raise KeyboardInterrupt(f"stopped at step {step + 1} of {steps}; the same command "
-                                        f"with --resume goes on from there")
+                raise KeyboardInterrupt(f"stopped at step {progress['step']} of {steps}; the same "
+                                        f"command with --resume goes on from step {saved}")
     return scored, progress
 
 
@@ -126,17 +148,8 @@ def learning_rate(s: Settings, step: int, steps: int, per_epoch: int) -> float:
 
 
 def make_optimizer(model: TransFusion, s: Settings) -> torch.optim.AdamW:
-    """AdamW (section 4.3).
-
-    The attention layers can have a learning rate of their own: nothing normalises their input, so
-    at rates far above the paper's their logits grow past 1e8 within 200 steps and end in NaN.
-    """
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[".attn." in name].append(parameter)
-    return torch.optim.AdamW([{"params": groups[False], "factor": 1.0},
-                              {"params": groups[True], "factor": s.attention_lr}],
-                             s.lr, weight_decay=s.weight_decay, fused=True)
+    """AdamW (section 4.3)."""
+    return torch.optim.AdamW(model.parameters(), s.lr, weight_decay=s.weight_decay, fused=True)
 
 
 def make_average(model: TransFusion, s: Settings) -> AveragedModel | None:
@@ -185,6 +198,9 @@ def resume(state: dict | None, model: TransFusion, optimizer, average, folder: P
     """The progress record: new, or a checkpoint's, whose weights and moments are put in place."""
     if not state:
         return new_progress()
+    if state["format"] < FORMAT:
+        raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone can "
+                         f"go on with it; start again with --name")
     load_state(model, state["model"], folder / "last.pt")
     optimizer.load_state_dict(state["optimizer"])
     if average:
@@ -193,21 +209,63 @@ def resume(state: dict | None, model: TransFusion, optimizer, average, folder: P
     return {k: state[k] for k in new_progress()}
 
 
-def count_step(progress: dict, losses: dict[str, float], seconds: float) -> None:
-    """Add a step's losses to the epoch's sums. Raises InputError where they are not finite."""
-    if not math.isfinite(losses["loss"]):
-        raise InputError(f"the loss is not finite ({losses}); start again under another --name "
-                         f"with half the --lr, --clip 1 or --precision float32")
+def count_step(progress: dict, found: dict[str, float], seconds: float) -> None:
+    """Count a step, by its losses and its gradient's norm before clipping.
+
+    "sums" gets them for the log, where they are finite. "usual" is the mean of the last hundred
+    steps or so, weighted towards the latest; "high" counts the steps that are far above it, or not
+    finite, less those that are not.
+    """
+    sums, usual = progress["sums"], progress["usual"]
+    finite = all(map(math.isfinite, found.values()))
+    known = usual.get("steps", 0)
+    high = not finite or known == MEMORY and any(found[k] > n * usual[k] for k, n in FAR.items())
     progress.update(step=progress["step"] + 1, seconds=seconds,
-                    sums={k: progress["sums"].get(k, 0.0) + v for k, v in losses.items()})
+                    high=max(0, progress["high"] + (1 if high else -1)))
+    if finite:
+        gradient = max(sums.get("gradient", 0.0), found["gradient"])
+        progress["sums"] = {k: sums.get(k, 0.0) + v for k, v in found.items()}
+        progress["sums"].update(gradient=gradient, steps=sums.get("steps", 0) + 1)
+    if not high:
+        known = min(known + 1, MEMORY)
+        progress["usual"] = {k: (usual.get(k, 0.0) * (known - 1) + found[k]) / known for k in FAR}
+        progress["usual"]["steps"] = known
+
+
+def go_back(progress: dict, found: dict[str, float], s: Settings, model: TransFusion, optimizer,
+            average, folder: Path) -> dict:
+    """After a run-away: the last checkpoint put in place, to go on with half the learning rate.
+
+    Returns its progress record. Raises InputError when this has been done RETURNS times.
+    """
+    seen = ", ".join(f"{k} {found[k]:.3g}, usually {progress['usual'].get(k, math.nan):.3g}"
+                     for k in FAR)
+    seen = f"the training ran away at step {progress['step']} ({seen})"
+    if progress["returns"] == RETURNS:
+        others = [f"a lower --lr than {s.lr:g}", "--clip 1" if not s.clip else "",
+                  "--attention-norm" if not s.attention_norm else "",
+                  "--precision float32" if s.precision == "bf16" else ""]
+        raise InputError(f"{seen}, as it did {RETURNS} times before, when it went back to a "
+                         f"checkpoint and on with half the learning rate, the last time with "
+                         f"1/{2 ** RETURNS} of it; start again under another --name, with "
+                         f"{' or '.join(filter(None, others))}")
+    healthy = resume(load_checkpoint(folder / "last.pt")[1], model, optimizer, average, folder)
+    healthy["returns"] = progress["returns"] + 1
+    tqdm.write(f"  {seen}: back to step {healthy['step']}, and on with "
+               f"1/{2 ** healthy['returns']} of the learning rate")
+    return healthy
 
 
 def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
-    """Turn the sums into a row of the log: the epoch's mean losses."""
+    """Turn the sums into a row of the log: the epoch's mean losses, its largest gradient norm and
+    the number of steps skipped."""
+    sums = dict(progress["sums"])
+    counted, gradient = sums.pop("steps", 0), sums.pop("gradient", math.nan)
+    means = {k: sums.get(k, math.nan) / max(counted, 1) for k in ("loss", "n", "m", "a", "c")}
     done = (progress["step"] - 1) % per_epoch + 1              # the last epoch may be cut short
-    means = {k: v / done for k, v in progress["sums"].items()}
     progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
-                            "step": progress["step"], **means, "lr": rate,
+                            "step": progress["step"], **means, "gradient": gradient,
+                            "skipped": done - counted, "lr": rate,
                             "seconds": round(progress["seconds"], 1)})
     progress["sums"] = {}
     bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()})
@@ -348,10 +406,8 @@ def start_model(s: Settings, weights: str) -> TransFusion:
             load_authors_weights(model, state)
         except ValueError as error:
             raise InputError(f"--weights {weights}: {error} (their network: --preset authors)")
-    if s.device.startswith("cuda"):
-        if RANKS > 1:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(memory_format=torch.channels_last)
+    if s.device.startswith("cuda") and RANKS > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(s.device)
 
 

@@ -143,16 +143,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention of one head over all pixels, added to its input."""
+    """Self-attention of one head over all pixels, added to its input.
 
-    def __init__(self, channels: int):
+    normalised: read the input through a GroupNorm, as DDPM's attention does (Ho et al. 2020); the
+    authors' does not. Without it what grows in the input makes itself grow, through eleven of them.
+    """
+
+    def __init__(self, channels: int, normalised: bool):
         super().__init__()
+        self.norm = norm(channels) if normalised else nn.Identity()
         self.projection = nn.Linear(channels, 3 * channels)
         self.output = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        pixels = x.flatten(2).transpose(1, 2)                                  # (B, H W, C)
+        pixels = self.norm(x).flatten(2).transpose(1, 2)                       # (B, H W, C)
         q, k, v = self.projection(pixels)[:, None].chunk(3, dim=-1)            # (B, 1, H W, C) each
         mixed = attend(q, k, v)[:, 0]                                          # (B, H W, C)
         return x + self.output(mixed).transpose(1, 2).view(B, C, H, W)
@@ -161,10 +166,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A residual block, followed by attention where `attention` is set."""
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, attention: bool):
+    def __init__(self, c_in: int, c_out: int, c_time: int, attention: bool, attention_norm: bool):
         super().__init__()
         self.res = ResidualBlock(c_in, c_out, c_time)
-        self.attn = Attention(c_out) if attention else nn.Identity()
+        self.attn = Attention(c_out, attention_norm) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.attn(self.res(x, time))
@@ -186,10 +191,10 @@ class Resample(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int, c_time: int):
+    def __init__(self, channels: int, c_time: int, attention_norm: bool):
         super().__init__()
         self.res1 = ResidualBlock(channels, channels, c_time)
-        self.attn = Attention(channels)
+        self.attn = Attention(channels, attention_norm)
         self.res2 = ResidualBlock(channels, channels, c_time)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -205,13 +210,13 @@ class ResUNet(nn.Module):
     the anomaly head (in the paper a convolution alone).
 
     channels: a multiple of 8. pe: a key of PE_CHANNELS; guide: whether the network sees the
-    previous mask estimate (Table 4's ablations take either out of it). recompute: in training,
-    keep only the blocks' inputs and compute the rest again in the backward pass: less memory, a
-    third more time.
+    previous mask estimate (Table 4's ablations take either out of it). attention_norm: see
+    Attention. recompute: in training, keep only the blocks' inputs and compute the rest again in
+    the backward pass: less memory, a third more time.
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
-                 recompute: bool = False):
+                 attention_norm: bool = False, recompute: bool = False):
         super().__init__()
         self.pe, self.guide, self.recompute = pe, guide, recompute
         widths = [channels, 2 * channels, 4 * channels, 8 * channels]
@@ -222,19 +227,19 @@ class ResUNet(nn.Module):
         self.down, skips, c = nn.ModuleList(), [channels], channels
         for level, width in enumerate(widths):
             for _ in range(2):
-                self.down.append(Block(c, width, c_time, attention=level >= 2))
+                self.down.append(Block(c, width, c_time, level >= 2, attention_norm))
                 c = width
                 skips.append(c)
             if level < 3:
                 self.down.append(Resample(c, up=False))
                 skips.append(c)
 
-        self.middle = Middle(c, c_time)
+        self.middle = Middle(c, c_time, attention_norm)
 
         self.up = nn.ModuleList()
         for level in (3, 2, 1, 0):
             for width in (widths[level], widths[level], widths[max(level - 1, 0)]):
-                self.up.append(Block(c + skips.pop(), width, c_time, attention=level >= 2))
+                self.up.append(Block(c + skips.pop(), width, c_time, level >= 2, attention_norm))
                 c = width
             if level > 0:
                 self.up.append(Resample(c, up=True))
@@ -359,14 +364,16 @@ class TransFusion(nn.Module):
     restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
     head predicts, "eps" (Eq. 7) or "beta_eps", beta_t * eps. soft_consistency: Eq. 8 uses the
     predicted M_t with its gradient; if false, M_t > 0.5. bf16: run the network, not the losses,
-    under bfloat16 autocast. recompute: see ResUNet. Buffer `beta`: [last step + 1] float32.
+    under bfloat16 autocast. attention_norm, recompute: see ResUNet. Buffer `beta`: [last step + 1]
+    float32.
     """
 
     def __init__(self, channels: int = 64, T: int = 20, schedule: str = "linear", pe: str = "2d",
                  guide: bool = True, authors_schedule: bool = False, anomaly_target: str = "eps",
-                 soft_consistency: bool = True, bf16: bool = False, recompute: bool = False):
+                 soft_consistency: bool = True, bf16: bool = False, attention_norm: bool = False,
+                 recompute: bool = False):
         super().__init__()
-        self.net = ResUNet(channels, pe, guide, recompute)
+        self.net = ResUNet(channels, pe, guide, attention_norm, recompute)
         self.bf16 = bf16
         self.register_buffer("beta", transparency_schedule(T, schedule, authors_schedule), False)
         self.authors_schedule, self.anomaly_target = authors_schedule, anomaly_target
