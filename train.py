@@ -38,10 +38,10 @@ from transfusion import TransFusion
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))      # torchrun's processes; only rank 0 writes
 
-# A training has run away when RUN_AWAY more steps than not were far above the usual, FAR times the
-# mean over the last MEMORY steps; up to SPIKES of them are nothing. It goes back RETURNS times.
+# A training has run away when more than RUN_AWAY steps, less those that were not, lay FAR times
+# above the mean over the last MEMORY; at its end, more than SPIKES. It goes back RETURNS times.
 FAR = {"loss": 3, "gradient": 10}
-MEMORY, SPIKES, RUN_AWAY, RETURNS = 100, 3, 20, 3
+MEMORY, START, RUN_AWAY, SPIKES, RETURNS = 100, 20, 20, 3, 3
 
 
 def train(model: TransFusion, s: Settings, source: Source, folder: Path,
@@ -64,7 +64,7 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
         model, find_unused_parameters=bool(s.drop_loss))
     scored = average.module if average else model
     start = time.perf_counter() - progress["seconds"]
-    saved = progress["step"]
+    due = False
     if not state:
         save_progress(folder, s, model, average, optimizer, progress)
     with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
@@ -89,23 +89,24 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
                     buffer.copy_(before)
 
             count_step(progress, found, time.perf_counter() - start)
-            at_end, sick = progress["step"] == steps, progress["high"] > SPIKES
-            if progress["high"] >= RUN_AWAY or sick and at_end:
+            at_end = progress["step"] == steps
+            if progress["high"] > (SPIKES if at_end else RUN_AWAY):
                 progress = go_back(progress, found, s, model, optimizer, average, folder)
                 bar.update(progress["step"] - bar.n)
+                due = False
                 continue
             bar.update()
             if progress["step"] % per_epoch == 0 or at_end:
                 close_epoch(progress, per_epoch, rate, bar)
                 score_epoch(scored, s, source, folder, progress, eval_every)
             asked_to_stop = any_rank(interruption.asked, device)
-            due = asked_to_stop or at_end or progress["step"] % s.checkpoint_every == 0
-            if due and not sick:
+            due = due or asked_to_stop or at_end or progress["step"] % s.checkpoint_every == 0
+            if due and (at_end or not progress["high"]):           # else when it is well again
                 save_progress(folder, s, model, average, optimizer, progress)
-                saved = progress["step"]
-            if asked_to_stop and not at_end:
-                raise KeyboardInterrupt(f"stopped at step {progress['step']} of {steps}; the same "
-                                        f"command with --resume goes on from step {saved}")
+                due = False
+                if asked_to_stop and not at_end:
+                    raise KeyboardInterrupt(f"stopped at step {progress['step']} of {steps}; the "
+                                            f"same command with --resume goes on from there")
     return scored, progress
 
 
@@ -213,13 +214,13 @@ def count_step(progress: dict, found: dict[str, float], seconds: float) -> None:
     """Count a step, by its losses and its gradient's norm before clipping.
 
     "sums" gets them for the log, where they are finite. "usual" is the mean of the last hundred
-    steps or so, weighted towards the latest; "high" counts the steps that are far above it, or not
-    finite, less those that are not.
+    steps or so, weighted towards the latest, and judged by from START steps on; "high" counts the
+    steps that are far above it, or not finite, less those that are not.
     """
     sums, usual = progress["sums"], progress["usual"]
     finite = all(map(math.isfinite, found.values()))
     known = usual.get("steps", 0)
-    high = not finite or known == MEMORY and any(found[k] > n * usual[k] for k, n in FAR.items())
+    high = not finite or known >= START and any(found[k] > n * usual[k] for k, n in FAR.items())
     progress.update(step=progress["step"] + 1, seconds=seconds,
                     high=max(0, progress["high"] + (1 if high else -1)))
     if finite:

@@ -22,18 +22,6 @@ def test_identity_initialisation_returns_the_input():
     assert torch.allclose(n_t, x, atol=1e-6) and 0 < logit.sigmoid().max() < 0.4
 
 
-@torch.no_grad()
-def test_identity_initialisation_starts_with_even_attention():
-    """At the size that inputs of attention reach in training, its logits stay around zero."""
-    model = tiny()
-    default = tf.Attention(128)
-    runs.start_from_identity(model.net)
-    for attention, even in ((default, False), (model.net.middle.attn, True)):
-        C = attention.output.in_features
-        q, k, _ = attention.projection(10 * torch.randn(64, C)).chunk(3, dim=-1)
-        assert (float((q @ k.T * C ** -0.5).std()) < 1) == even
-
-
 # ---------------------------------------------------------------- the authors' numbers
 
 def authors_state(channels=32):

@@ -130,7 +130,7 @@ def test_five_hundred_damaged_files(tmp_path):
         Image.fromarray(pixels).save(good / f"image.{suffix}")
     s = Settings(resize=32, crop=32, channels=8, T=2)
     runs.save_checkpoint(good / "model.pt", s, runs.build_model(s), None, None,
-                         {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": []})
+                         runs.new_progress())
     visa = tmp_path / "visa"
     (visa / "split_csv").mkdir(parents=True)
     (visa / "nut").mkdir()
