@@ -6,21 +6,26 @@ masks and texture sources for the synthetic anomalies. Nothing here trains or wr
 import csv
 import difflib
 import os
+import re
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
 from settings import InputError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-GOOD = {"good", "ok"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
+GOOD = {"good", "ok", "normal"}                 # folder names, in any case
+LABEL = re.compile(r"[_-](gt|mask|label|seg)$", re.IGNORECASE)      # of a label's file name
 TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # see is_texture
 
 CATEGORIES = {
@@ -55,7 +60,7 @@ class Item:
 @dataclass(frozen=True)
 class Category:
     """One category on disk. annotated: whether the defects have ground-truth masks at all; faults:
-    what is wrong with the listing, a line each."""
+    what is wrong with the listing, notes: what was passed over in it, a line each."""
     data: str
     name: str
     root: Path
@@ -63,6 +68,7 @@ class Category:
     test: list[Item] = field(default_factory=list)
     annotated: bool = True
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def labels(self) -> np.ndarray:
@@ -77,7 +83,8 @@ def is_category(path: Path) -> bool:
 
 
 def data_folders(data: str, root: Path) -> list[Path]:
-    """Folders that may hold the categories of `data`: a data set's name or a folder's path."""
+    """Folders that may hold the categories of `data`: a data set's name or a folder's path, which
+    `./demo` is, too."""
     if data in FOLDERS:
         return [root / folder for folder in FOLDERS[data] if (root / folder).is_dir()]
     return [path for path in (Path(data), root / data) if path.is_dir()]
@@ -124,10 +131,40 @@ def find_category(data: str, name: str, root: Path) -> Category:
     return category
 
 
+def is_good(name: str) -> bool:
+    """Whether a folder of this name holds normal images."""
+    return name.strip().lower() in GOOD
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, without the hidden files and folders that systems and tools leave."""
+    return sorted(p for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+
+
 def list_images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    """The image files of a folder itself."""
+    return [p for p in visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+
+
+def find_images(folder: Path, within: tuple[Path, ...] = ()) -> list[Path]:
+    """The image files of a folder and of those in it, each folder once, whatever links there are."""
+    home = folder.resolve()
+    if home in within:
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return [image for path in visible(folder) for image in
+            (find_images(path, (*within, home)) if path.is_dir() else
+             [path] if path.suffix.lower() in SUFFIXES else [])]
+
+
+def passed_over(folder: Path, read: list[Path]) -> str:
+    """Which files below a folder are not among those read: their number by suffix, or nothing."""
+    known = set(read)
+    left = Counter(p.suffix.lower() or "no suffix" for p in folder.rglob("*")
+                   if p.is_file() and p not in known
+                   and all(part[0] != "." for part in p.relative_to(folder).parts)
+                   and p.name.lower() not in ("thumbs.db", "desktop.ini"))
+    names = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
+    return f"{folder}: not read: {names}" if names else ""
 
 
 def read_category(data: str, name: str, path: Path, annotated: bool = False) -> Category:
@@ -141,22 +178,62 @@ def read_category(data: str, name: str, path: Path, annotated: bool = False) -> 
 
 
 def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Category:
-    """A category in MVTec AD's layout (BTAD's `ok` counts as good, masks ID_mask.* or ID.*)."""
-    train = [p for good in sorted(GOOD) for p in list_images(path / "train" / good)]
-    truth, test, faults = path / "ground_truth", [], []
+    """A category in MVTec AD's layout: folders called good, in any spelling of GOOD, and their
+    subfolders; masks of ID.* are ID_mask.* or ID.*, in the same subfolder."""
+    train_folder, truth = path / "train", path / "ground_truth"
+    train = [p for folder in visible(train_folder) if folder.is_dir() and is_good(folder.name)
+             for p in find_images(folder)]
+    test, faults, notes = [], beside(train), []
     annotated |= truth.is_dir()
-    for folder in sorted(p for p in path.glob("test/*") if p.is_dir()):
-        images = list_images(folder)
-        if folder.name in GOOD:
+    for folder in (p for p in visible(path / "test") if p.is_dir()):
+        images = find_images(folder)
+        faults += beside(images)
+        if is_good(folder.name):
             test += [Item(p, 0, folder.name) for p in images]
             continue
-        masks = {p.stem.removesuffix("_mask"): p for p in list_images(truth / folder.name)}
-        faults += [f"{p}: no mask for it in {truth / folder.name}; add it, or remove all of "
-                   f"ground_truth" for p in images if annotated and p.stem not in masks]
-        faults += [f"{masks[stem]}: a mask without its image"
-                   for stem in sorted(set(masks) - {p.stem for p in images})]
-        test += [Item(p, 1, folder.name, masks.get(p.stem)) for p in images]
-    return Category(data, name, path, train, test, annotated, faults)
+        masks, alone, stems = {}, [], {p.relative_to(folder).with_suffix("") for p in images}
+        for mask in find_images(truth / folder.name):
+            place = mask.relative_to(truth / folder.name)
+            stem = place.with_name(place.stem.removesuffix("_mask"))
+            if stem in masks:
+                faults.append(f"{mask}: a second mask for {stem.name}, beside {masks[stem].name}; "
+                              f"keep one of them")
+            elif stem in stems:
+                masks[stem] = mask
+            elif place.parent in stems:
+                faults.append(f"{mask.parent}: a folder of several masks for an image, as in MVTec "
+                              f"LOCO, which is not read; one mask an image, {place.parent}_mask.png")
+            else:
+                alone.append(f"{mask}: a mask without its image")
+        for image in images:
+            stem = image.relative_to(folder).with_suffix("")
+            if annotated and stem not in masks:
+                faults.append(f"{image}: no mask for it; looked for {truth / folder.name / stem}"
+                              f"_mask.* and {stem.name}.*; add it, or move ground_truth away to "
+                              f"go without any")
+            test.append(Item(image, 1, folder.name, masks.get(stem)))
+        faults += alone
+    faults += [f"{mask}: a mask without its image" for folder in visible(truth)
+               if not is_good(folder.name) and not (path / "test" / folder.name).is_dir()
+               for mask in find_images(folder)]
+    known = {"train", "test", "ground_truth"}
+    others = [p.name for p in visible(path) if p.is_dir() and p.name not in known
+              and find_images(p)]
+    if others:
+        notes.append(f"{path}: not read: {', '.join(others)}; images are taken from train/good and "
+                     f"test, masks from ground_truth")
+    notes += filter(None, (passed_over(folder, read) for folder, read in
+                           ((train_folder, train), (path / "test", [item.path for item in test]))))
+    return Category(data, name, path, train, test, annotated, list(dict.fromkeys(faults)), notes)
+
+
+def beside(images: list[Path]) -> list[str]:
+    """A fault for labels that lie among the images they belong to, as 000_GT.png beside 000.png."""
+    known = set(p.with_suffix("") for p in images)
+    labels = [p for p in images if LABEL.search(p.stem)
+              and p.with_name(LABEL.sub("", p.stem)) in known]
+    return [f"{labels[0]}: looks like the label of the image beside it, not like a part (as do "
+            f"{len(labels) - 1} more there); move labels to ground_truth"] if labels else []
 
 
 def read_visa(data: str, name: str, path: Path) -> Category:
@@ -188,22 +265,70 @@ def read_visa(data: str, name: str, path: Path) -> Category:
 # ---------------------------------------------------------------- reading images
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded image. Raises InputError for a file that is not one, or is cut off."""
+    """A decoded image, upright as its EXIF says, 8 bits a channel or 16-bit grey ("I;16").
+
+    Raises InputError for a file that is not an image, is cut off, or whose values have no known
+    range: floats are read as 0..1, as nearly all of them must lie there. Warns, by name, of pages
+    after the first and of 16-bit values that may be 12-bit ones.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return image.copy()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                warnings.warn(f"{path}: {image.n_frames} pages, only the first is read")
+            tags, upright = getattr(image, "tag_v2", {}), ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                return sixteen_bits(upright, path, tags)
+            if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:
+                raise ValueError("16-bit colour in planes; save it as 8-bit")
+            return upright
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it")
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise InputError(f"{path}: has more than the {limit:.0f} million pixels that are read; cut "
+                         f"it into parts, or reduce it")
+
+
+def sixteen_bits(image: Image.Image, path: Path, tags) -> Image.Image:
+    """A grey image of 16 or 32 bits or of floats as one of 16 bits; tags: a TIFF's.
+
+    Raises ValueError where the range of its values is not known.
+    """
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise ValueError(f"{(~np.isfinite(values)).sum()} of its values are not finite")
+        outside = (values < 0) | (values > 1)
+        if outside.mean() > 0.001:
+            raise ValueError(f"floats from {values.min():.3g} to {values.max():.3g}; they are read "
+                             f"as 0..1, so divide them, or save as 8- or 16-bit")
+        values = (values.clip(0, 1) * 65535).round()
+    elif values.min() < 0 or values.max() > 65535 or 32 in tags.get(258, ()):
+        raise ValueError("32-bit whole numbers, of which no range is known; save it as 8- or "
+                         "16-bit")
+    if tags.get(262) == 0:                                        # white is zero
+        values = 65535 - values.astype(np.int64)
+    if 255 < values.max() < 4096:
+        warnings.warn(f"{path}: no 16-bit value passes {values.max():.0f}; if these are 12-bit "
+                      f"ones the image is read 16 times too dark: multiply them by 16")
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of an image, upright; decoded only where it is a TIFF, which turns itself."""
+    with Image.open(path) as image:
+        if image.format == "TIFF":
+            return ImageOps.exif_transpose(image).size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any image: grey-scale, palette, alpha (dropped), 16-bit and float."""
-    if image.mode.startswith("I") or image.mode == "F":
+    """8-bit RGB of any image of `open_image`: grey-scale, palette, alpha (dropped), 16-bit."""
+    if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else \
-            255 if values.max(initial=0) > 1 else 1
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+        image = Image.fromarray((values * (255 / 65535)).round().astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -231,20 +356,16 @@ def load_image(path: Path, resize: int, crop: int) -> np.ndarray:
 def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     """Ground truth on the scoring grid, bool [crop, crop]: the image at grid x grid, then cropped.
 
-    Non-zero pixels of the file are anomalous; a pixel of the grid is where at least half of its
-    area is, and an 8-connected region of which the crop would show nothing for that reason keeps
-    its best pixel there. Normal images: zeros. Raises InputError for a mask that is not of its
-    image's size.
+    Pixels of the file that are not black are anomalous, in a JPEG or WebP those above half of its
+    range; values up to a tenth of it are no label but noise. A pixel of the grid is anomalous where
+    at least half of its area is, and an 8-connected region of which the crop would show nothing for
+    that reason keeps its best pixel there. Normal images: zeros. Raises InputError for a mask that
+    is not of its image's size.
     """
     if item.mask is None:
         return np.zeros((crop, crop), bool)
-    mask = np.asarray(open_image(item.mask))
-    channels = mask.reshape(*mask.shape[:2], -1)
-    if channels.shape[-1] in (2, 4):                           # the last of them is alpha
-        channels = channels[..., :-1]
-    mask = (channels > 0).any(-1)
-    with Image.open(item.path) as image:
-        size = (image.height, image.width)
+    mask = read_mask(item.mask)
+    size = size_of(item.path)[::-1]
     if mask.shape != size:
         raise InputError(f"{item.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, "
                          f"its image {item.path} {size[1]} x {size[0]}; they must agree")
@@ -264,6 +385,17 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     return reduced
 
 
+def read_mask(path: Path) -> np.ndarray:
+    """The anomalous pixels of a mask's file, bool [H, W]; see `load_mask`."""
+    image = open_image(path)
+    values = np.asarray(image if image.mode in ("L", "1") or image.mode[0] == "I"
+                        else image.convert("RGB")).astype(int)
+    values = values.reshape(*values.shape[:2], -1).max(-1)
+    top = values.max(initial=0)
+    least = top / 2 if path.suffix.lower() in LOSSY else top / 10 if top > 127 else 0
+    return values > least
+
+
 class Images(Sequence):
     """uint8 images [3, crop, crop] of a list of files, decoded once and kept in memory.
 
@@ -276,12 +408,12 @@ class Images(Sequence):
         self.paths, self.resize, self.crop = paths, resize, crop
         self.bytes = len(paths) * 3 * crop * crop
         self.in_memory = self.bytes <= limit
-        self.cache = None
-        if self.in_memory:
-            self.cache = np.empty((len(paths), 3, crop, crop), np.uint8)
-            with tqdm(paths, desc=title, unit="image", leave=False, disable=not progress) as bar:
-                for k, path in enumerate(bar):
-                    self.cache[k] = load_image(path, resize, crop)
+        self.cache = np.empty((len(paths), 3, crop, crop), np.uint8) if self.in_memory else None
+        with tqdm(paths, desc=title, unit="image", leave=False, disable=not progress) as bar:
+            for k, path in enumerate(bar):
+                image = load_image(path, resize, crop)             # all are looked at before use
+                if self.in_memory:
+                    self.cache[k] = image
 
     def __len__(self) -> int:
         return len(self.paths)

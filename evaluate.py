@@ -217,7 +217,7 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
     """For some test images of each kind: input, restoration, map over image, map, truth."""
     from matplotlib.figure import Figure
     items = source.category.test
-    kinds = sorted({item.defect for item in items}, key=lambda kind: (kind in data.GOOD, kind))
+    kinds = sorted({item.defect for item in items}, key=lambda kind: (data.is_good(kind), kind))
     shown = [k for kind in kinds
              for k in [k for k, item in enumerate(items) if item.defect == kind][:of_each]]
     M_final = final_maps(maps, s)

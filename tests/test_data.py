@@ -226,8 +226,8 @@ def test_preprocessing_resizes_and_crops_the_centre(tmp_path):
 def test_masks_on_the_scoring_grid(tmp_path):
     mask = np.zeros((64, 64))
     mask[0:8, 0:8] = 255                                             # two whole pixels of 4 x 4
-    mask[32:36, 32:34] = 7                                           # half of a pixel: anomalous
-    mask[48:52, 48:49] = 1                                           # a quarter: kept, it is alone
+    mask[32:36, 32:34] = 70                                          # half of a pixel: anomalous
+    mask[48:52, 48:49] = 90                                          # a quarter: kept, it is alone
     mask[8:9, 0:8] = 255                                             # a fringe of the first region
     png(tmp_path / "image.png", picture(size=64))
     png(tmp_path / "mask.png", mask)

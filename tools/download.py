@@ -278,19 +278,26 @@ def listing(path: Path) -> data.Category:
     """A category as data.py reads it, whose faults are also masks alone and other counts than those
     published."""
     try:
-        found = data.read_category("", path.name, path, annotated=path.name in PUBLISHED)
+        found = data.read_category("", path.name, path, annotated=published(path))
     except InputError as error:
         return data.Category("", path.name, path, [], faults=[str(error)])
-    masks = {mask for folder in (*path.glob("Data/Masks/*"), *path.glob("ground_truth/*"))
-             if folder.name not in data.GOOD for mask in data.list_images(folder)}
-    alone = [f"{mask}: a mask without its image"
-             for mask in sorted(masks - {item.mask for item in found.test})]
-    found.faults.extend(line for line in alone if line not in found.faults)
+    masks = {mask for folder in path.glob("Data/Masks/*") for mask in data.list_images(folder)}
+    found.faults.extend(f"{mask}: a mask without its image"
+                        for mask in sorted(masks - {item.mask for item in found.test}))
     counts = "/".join(map(str, counts_of(found)))
-    if counts != PUBLISHED.get(path.name, counts):
+    if published(path) and counts != PUBLISHED[path.name]:
         found.faults.append(f"{path}: {counts} images for training / good / defective, published "
                             f"are {PUBLISHED[path.name]}")
     return found
+
+
+def published(path: Path) -> bool:
+    """Whether a folder is a published category, and not an own part of the same name: by the name
+    of the folder it lies in, or by more than half of its data set beside it."""
+    homes = {Path(folder).name for folders in data.FOLDERS.values() for folder in folders}
+    beside = [sum((path.parent / name).is_dir() for name in names) / len(names)
+              for names in data.CATEGORIES.values() if path.name in names]
+    return path.name in PUBLISHED and (path.parent.name in homes - {""} or max(beside) > 0.5)
 
 
 def counts_of(category: data.Category) -> tuple[int, int, int]:
@@ -309,7 +316,7 @@ def check(folder: Path) -> int:
         raise InputError(f"--check {folder}: " + (f"no data in it; a data set is {LAYOUT}"
                                                   if folder.is_dir() else "no such folder"))
     names = [path.name if path == folder else str(path.relative_to(folder)) for path in paths]
-    width, wrong = max(map(len, names)), []
+    width, wrong, notes = max(map(len, names)), [], []
     print(f"{'category':{width}}   train  test good  defective  masks  width x height")
     for name, path in zip(names, paths):
         found = listing(path)
@@ -319,6 +326,9 @@ def check(folder: Path) -> int:
         with tqdm(pairs, name, unit="image", leave=False) as bar:
             for image, mask in bar:
                 size, other = read_size(image, faults), read_size(mask, faults)
+                if other and not data.read_mask(mask).any():
+                    notes.append(f"{mask}: empty, so what is defective in {image.name} is not "
+                                 f"scored")
                 sizes |= {size} - {None}
                 if size and other and size != other:
                     faults.append(f"{mask}: {other[0]} x {other[1]} pixels, its image "
@@ -327,8 +337,9 @@ def check(folder: Path) -> int:
         train, good, defective = counts_of(found)
         print(f"{name:{width}}  {train:6}  {good:9}  {defective:9}  {len(masks):5}  "
               f"{' x '.join(spans)}")
+        notes += found.notes
         wrong += [fault for fault in faults if fault not in wrong]      # a table is of them all
-    print("\n".join(["", *wrong, f"faults: {len(wrong)}" if wrong else "nothing is wrong"]))
+    print("\n".join(["", *(f"note: {note}" for note in notes), *wrong, f"faults: {len(wrong)}" if wrong else "nothing is wrong"]))
     return 1 if wrong else 0
 
 
