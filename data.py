@@ -18,9 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
 from torch import Tensor
-from tqdm import tqdm
 
-from settings import InputError
+from settings import InputError, progress_bar
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
@@ -409,7 +408,7 @@ class Images(Sequence):
         self.bytes = len(paths) * 3 * crop * crop
         self.in_memory = self.bytes <= limit
         self.cache = np.empty((len(paths), 3, crop, crop), np.uint8) if self.in_memory else None
-        with tqdm(paths, desc=title, unit="image", leave=False, disable=not progress) as bar:
+        with progress_bar(paths, desc=title, unit="image", leave=False, disable=not progress) as bar:
             for k, path in enumerate(bar):
                 image = load_image(path, resize, crop)             # all are looked at before use
                 if self.in_memory:
@@ -497,7 +496,7 @@ def foreground_masks(images: Images, category: Category, mode: str = "auto",
     if mode != "auto":
         return given_foreground(images, category, Path(mode))
     masks, unsure = whole.clone(), 0
-    for k in tqdm(range(N), desc="foreground", unit="image", leave=False, disable=not progress):
+    for k in progress_bar(range(N), desc="foreground", unit="image", leave=False, disable=not progress):
         found = find_foreground(images[[k]][0].numpy())
         unsure += found is None
         if found is not None:
@@ -598,4 +597,4 @@ def embedded_textures(size: int, drawn: int = 48, seed: int = 0) -> list[Tensor]
 
 def root_folder(given: str = "") -> Path:
     """Where data lies: the folder given, else the environment's TRANSFUSION_DATA, else ./data."""
-    return Path(given or os.environ.get("TRANSFUSION_DATA", "data"))
+    return Path(given or os.environ.get("TRANSFUSION_DATA", "data")).expanduser()

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
-from settings import InputError
+from settings import InputError, progress_bar
 
 SIZE = 256
 TRAIN, TEST_GOOD, PER_DEFECT = 80, 24, 11
@@ -310,7 +309,7 @@ def write_category(folder: Path, category: str) -> None:
         drawn = Path(part) / category
         pictures = [pool.submit(draw, category, defect, number) for _, defect, number in jobs]
         try:
-            for (place, defect, number), picture in zip(tqdm(jobs, desc=f"drawing {category}",
+            for (place, defect, number), picture in zip(progress_bar(jobs, desc=f"drawing {category}",
                                                              unit="image", leave=False), pictures):
                 image, mask = picture.result()
                 save(drawn / place / f"{number:03}.png", image)

@@ -3,6 +3,7 @@
 Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies between.
 """
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -13,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import metrics
 from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
                   steps_per_epoch)
-from settings import InputError, Settings, hardware
+from settings import InputError, Settings, hardware, progress_bar
 from transfusion import TransFusion, anomaly_score, final_mask
 
 
@@ -37,7 +37,7 @@ def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
     """Restore images[indices] batch by batch: yields each batch's place and its Restoration."""
     device = next(model.parameters()).device
     model.eval()
-    with tqdm(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
+    with progress_bar(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
         for start in range(0, len(indices), s.eval_batch):
             chosen = indices[start:start + s.eval_batch]
             x = data.scale(images[chosen].to(device))
@@ -47,9 +47,17 @@ def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
 
 def new_maps(shape: tuple[int, ...], s: Settings) -> np.ndarray:
     """An array for maps, float32: in memory, or above the memory limit in an unnamed file."""
-    if 4 * math.prod(shape) <= s.memory_gb * 1e9:
+    size = 4 * math.prod(shape)
+    if size <= s.memory_gb * 1e9:
         return np.empty(shape, np.float32)
-    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
+    file = tempfile.TemporaryFile()
+    try:
+        if hasattr(os, "posix_fallocate"):             # a mapped file that finds no room later
+            os.posix_fallocate(file.fileno(), 0, size)            # would end the process
+    except OSError as error:
+        raise InputError(f"no room for {size / 1e9:.1f} GB of maps in {tempfile.gettempdir()} "
+                         f"({error}); set TMPDIR to another folder, or raise --memory-gb")
+    return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def raw_maps(model: TransFusion, images: data.Images, indices,
@@ -195,9 +203,10 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
                    "label": item.label, "score": f"{value:.9g}"}
                   for item, value in zip(source.category.test, scores)])
         save_atomically(folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
+    save_json(folder / f"metrics{suffix}.json", found)
+    if not suffix:
         save_atomically(folder / "qualitative.png",
                         lambda file: draw_qualitative(file, model, s, source, maps))
-    save_json(folder / f"metrics{suffix}.json", found)
     return found
 
 
@@ -212,14 +221,20 @@ def over_grey(image: np.ndarray, M: np.ndarray, top: float) -> np.ndarray:
     return (1 - alpha) * image.mean(-1, keepdims=True) + alpha * colours
 
 
+ROWS = 24                                               # of the picture, at most
+
+
 def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps: dict,
                      of_each: int = 2) -> None:
     """For some test images of each kind: input, restoration, map over image, map, truth."""
     from matplotlib.figure import Figure
     items = source.category.test
     kinds = sorted({item.defect for item in items}, key=lambda kind: (data.is_good(kind), kind))
+    each = max(1, min(of_each, ROWS // len(kinds)))
     shown = [k for kind in kinds
-             for k in [k for k, item in enumerate(items) if item.defect == kind][:of_each]]
+             for k in [k for k, item in enumerate(items) if item.defect == kind][:each]]
+    if len(shown) > ROWS:
+        shown = shown[:ROWS - 1] + shown[-1:]                   # the last is a good image
     M_final = final_maps(maps, s)
     top = float(M_final.max())
     restored = torch.cat([part.x_0.cpu() for _, part in restore_all(model, source.test, shown, s)])

@@ -17,12 +17,11 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
-from tqdm import tqdm
 
 from data import list_images, open_image, preprocess, scale, to_rgb
 from evaluate import final_maps, image_scores, in_words, network_calls, over_grey, thresholds
 from runs import load_model, make_folder, save_atomically, save_csv
-from settings import InputError, Settings, check, exit_status, pick_device
+from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
@@ -150,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
 
     top = max(2 * image_threshold if image_threshold else 0.5, 1e-6)    # of the heat maps' colours
     scores, found, unread = [], [], []
-    with tqdm(total=len(files), unit="image") as bar:
+    with progress_bar(total=len(files), unit="image") as bar:
         for start in range(0, len(files), flags.batch):
             batch = []
             for file in files[start:start + flags.batch]:

@@ -4,6 +4,7 @@ A file is written whole or not at all; a checkpoint rebuilds its model by itself
 """
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -16,16 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 import data
 from settings import NOT_COMPARED, InputError, Settings, fast_bf16
 from transfusion import Attention, ResidualBlock, ResUNet, TransFusion
-
-try:
-    import fcntl
-except ImportError:                                                  # Windows
-    fcntl = None
 
 FORMAT = 2                                          # version of the checkpoint's layout
 SCORING_GRID = 256                                  # side of an image, uncropped, where scored
@@ -48,10 +45,27 @@ class Source:
     notes: list[str]
 
 
-def load_source(s: Settings, training: bool = True) -> Source:
-    """Read and check everything a run needs, before anything is trained. Raises InputError."""
+def load_source(s: Settings, training: bool = True, folder: Path | None = None) -> Source:
+    """Read and check everything a run needs, before anything is trained. Raises InputError.
+
+    folder: of a run that has begun, whose images for training and held-out ones stay what they were.
+    """
     root = data.root_folder(s.root)
-    category = data.find_category(s.data, s.category, root)
+    category, kept = data.find_category(s.data, s.category, root), {}
+    changes = []
+    if folder and (folder / "data.json").exists():
+        kept = refuse_other_data(folder, category)
+        names = {name_in(category, p): p for p in category.train}
+        wanted = (kept["train"] if training else []) + kept["held_out"]
+        gone = [name for name in wanted if name not in names]
+        if gone:
+            raise InputError(f"{category.root / gone[0]}: gone (and {len(gone) - 1} more), but this "
+                             f"run was begun with it; put it back, or give another --name")
+        every = {*kept["train"], *kept["held_out"]}
+        changes = [f"{len(set(names) - every)} normal images were added since this run began: not "
+                   f"used"] if set(names) - every else []
+        category = dataclasses.replace(category, train=[p for name, p in names.items()
+                                                        if name in every])
     limit = s.memory_gb * 1e9
     images = data.Images(category.train, s.resize, s.crop, limit, "training images", True)
     test = data.Images([item.path for item in category.test], s.resize, s.crop,
@@ -60,19 +74,61 @@ def load_source(s: Settings, training: bool = True) -> Source:
     if category.annotated and category.test:
         masks = np.stack([data.load_mask(item, SCORING_GRID, scoring_side(s))
                           for item in category.test])
-    held = round(s.hold_out * len(images))
-    if s.hold_out and len(images) > 1:
-        held = min(max(held, 1), len(images) - 1)
+        empty = [item.mask for item, mask in zip(category.test, masks)
+                 if item.mask and not mask.any()]
+        if empty:
+            changes.append(f"warning: {len(empty)} masks of defects are empty, so these defects "
+                           f"are not scored: {', '.join(map(str, empty[:9]))}")
     order = np.random.default_rng(s.seed).permutation(len(images))
+    if kept:
+        places = {name_in(category, p): k for k, p in enumerate(category.train)}
+        held_out = np.array([places[name] for name in kept["held_out"]], int)
+        in_training = np.array([places[n] for n in kept["train"] if n in places], int)
+    else:
+        held = min(max(round(s.hold_out * len(images)), 1), len(images) - 1) if s.hold_out else 0
+        held_out, in_training = order[:held], order[held:]
     foreground, found = data.foreground_masks(images, category,
                                               s.foreground if training else "none", True)
     textures = data.Textures(root, s.crop)
-    kept = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
-    notes = [f"{len(images) - held} normal images to train on, {held} held out, {len(test)} to "
-             f"test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {kept})", f"foreground: {found}",
-             f"textures: {textures.source}"]
-    return Source(category, images, order[held:], order[:held], foreground, textures, test, masks,
-                  notes)
+    where = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
+    notes = [f"{len(in_training)} normal images to train on, {len(held_out)} held out, {len(test)} "
+             f"to test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {where})",
+             f"foreground: {found}", f"textures: {textures.source}",
+             *(f"note: {note}" for note in category.notes), *changes]
+    return Source(category, images, in_training, held_out, foreground, textures, test, masks, notes)
+
+
+def name_in(category: data.Category, path: Path) -> str:
+    """An image's path within its category."""
+    return path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else \
+        os.path.relpath(path, category.root)
+
+
+def fingerprint(category: data.Category) -> str:
+    """A hash of the names and sizes of a category's images."""
+    digest = hashlib.sha1()
+    for path in [*category.train, *(item.path for item in category.test)]:
+        digest.update(os.fsencode(name_in(category, path)) + b" %d\n" % path.stat().st_size)
+    return digest.hexdigest()
+
+
+def keep_data(folder: Path, source: Source) -> None:
+    """Write down which data a run is of, and which of its images are held out."""
+    category, paths = source.category, source.images.paths
+    save_json(folder / "data.json", {
+        "root": str(category.root.resolve()), "files": fingerprint(category),
+        **{title: [name_in(category, paths[k]) for k in indices]
+           for title, indices in (("train", source.train), ("held_out", source.held_out))}})
+
+
+def refuse_other_data(folder: Path, category: data.Category) -> dict:
+    """The content of a run's data.json. Raises InputError where the run is of another folder, and
+    not of the same files moved."""
+    kept = read_json(folder / "data.json")
+    if kept["root"] != str(category.root.resolve()) and kept["files"] != fingerprint(category):
+        raise InputError(f"{folder} holds a run of {kept['root']}, not of {category.root}; give "
+                         f"another --name or --out")
+    return kept
 
 
 def scoring_side(s: Settings) -> int:
@@ -158,7 +214,8 @@ def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
     table = csv.DictWriter(text, columns or rows[0].keys(), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    save_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    content = text.getvalue().encode(errors="backslashreplace")      # a name that is no UTF-8
+    save_atomically(path, lambda file: file.write(content))
 
 
 def read_json(path: Path) -> dict:
@@ -171,19 +228,32 @@ def read_json(path: Path) -> dict:
 # ---------------------------------------------------------------- the run folder
 
 def run_folder(s: Settings) -> Path:
+    """OUT/DATA/CATEGORY[-NAME]; DATA is a data set's name or the last of a folder's."""
     label = s.data if s.data in data.FOLDERS else Path(s.data).resolve().name
     return Path(s.out) / label / (s.category + (f"-{s.name}" if s.name else ""))
 
 
-def refuse_other_run(folder: Path, s: Settings) -> None:
-    """Raise InputError if the folder holds a run with other settings than these."""
+def refuse_other_run(folder: Path, s: Settings, given: Sequence[str] = ("precision",),
+                     longer: bool = False) -> None:
+    """Raise InputError if the folder holds a run with other settings than these.
+
+    given: the flags of the command line; a precision that was not asked for is not compared. longer:
+    neither is the length. Where a run's data lies is `refuse_other_data`'s.
+    """
     if not (folder / "config.json").exists():
         return
     # a setting the run is older than had its default
     there = {**dataclasses.asdict(Settings()), **read_json(folder / "config.json")}
     here = dataclasses.asdict(s)
-    other = [f"{k} {there[k]} there, {here[k]} here" for k in here
-             if k not in NOT_COMPARED and there[k] != here[k]]
+    aside = {*NOT_COMPARED, *({"steps", "epochs"} if longer else ()),
+             *({"precision"} if "precision" not in given else ()),
+             *({"data"} if not {there["data"], s.data} & set(data.FOLDERS) else ())}
+    other = [k for k in here if k not in aside and there[k] != here[k]]
+    if other and set(other) <= {"steps", "epochs"}:
+        raise InputError(f"{folder} holds a run of {there['steps'] or there['epochs']} "
+                         f"{'steps' if there['steps'] else 'epochs'}; --resume trains it to this "
+                         f"command's length, --name NAME begins another from the start")
+    other = [f"{k} {there[k]} there, {here[k]} here" for k in other]
     if other:
         raise InputError(f"{folder} holds a run with other settings ({'; '.join(other[:4])}); "
                          f"give this one a --name")
@@ -193,23 +263,23 @@ def refuse_other_run(folder: Path, s: Settings) -> None:
 def locked(folder: Path):
     """Make the folder and hold it: a second process that wants it is refused with InputError.
 
-    The lock ends with the process, however it ends. Of several ranks the first holds it. Where
-    the system has no such locks (Windows) nothing is held.
+    The lock, on `.lock` in it, ends with the process, however it ends. Of several ranks the first
+    holds it. Where the file system has no locks nothing is held.
     """
     make_folder(folder)
-    if fcntl is None or RANK:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise InputError(f"{folder} is in use by another process; wait for it, or give --name")
+    lock = FileLock(folder / ".lock")
+    if not RANK:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{folder} is in use by another process; wait for it, or choose "
+                             f"another name")
+        except (OSError, NotImplementedError):
+            pass
     try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def make_folder(folder: Path) -> None:
@@ -296,6 +366,9 @@ def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings,
         s = dataclasses.replace(s, precision="float32")
     model = build_model(s)
     load_state(model, state["ema"] or state["model"], path)
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        raise InputError(f"{path} holds weights that are not finite numbers; the file is damaged: "
+                         f"train again, or use another checkpoint")
     return model.to(device).eval(), s, state
 
 

@@ -4,6 +4,7 @@ Defaults are the paper's (3.4, 4.3) where it names a value; a preset changes som
 Here is also what every command has in common: the machine it runs on, and how it ends.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -11,11 +12,13 @@ import platform
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------- what every command has
@@ -24,23 +27,94 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that says what, where, and what to do."""
 
 
+class Unbroken:
+    """A text stream that writes what it can: a log whose disk is full, a closed terminal or pipe, a
+    name that its encoding lacks cost no training. Where it is no terminal, a progress bar's lines
+    follow each other."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        if not self.stream.isatty():
+            text = text.replace("\r", "\n")
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:
+            known = self.stream.encoding
+            return self.stream.write(text.encode(known, "backslashreplace").decode(known))
+        except (OSError, ValueError):                                # full, or closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def leave(self) -> None:
+        """Flush for the last time; what cannot be written is given up, or Python's own last flush
+        would fail."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def unbroken_streams():
+    usual = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Unbroken(stream) for stream in usual)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Unbroken):
+                stream.leave()
+        sys.stdout, sys.stderr = usual
+
+
 def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
     """Decorates a command: it returns its exit status, 0 if it returns nothing itself, 2 for a
-    user's mistake, which is said in one line, and 130 for Ctrl-C."""
+    user's mistake, which is said in one line, and 130 for Ctrl-C. Of warnings of a kind the first
+    three are shown, then their number."""
     @functools.wraps(command)
     def ended(*args) -> int:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}",
-                                                                       file=sys.stderr)
-                return command(*args) or 0
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt as interrupt:
-            print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
-            return 130
+        kinds: Counter = Counter()
+
+        def show(message, *_, **__) -> None:
+            kind = str(message).split(": ")[-1][:12]
+            kinds[kind] += 1
+            if kinds[kind] <= 3:
+                print(f"warning: {message}", file=sys.stderr)
+
+        with unbroken_streams():
+            try:
+                with warnings.catch_warnings():
+                    warnings.showwarning = show
+                    return command(*args) or 0
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt as interrupt:
+                print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+                return 130
+            finally:
+                for kind, count in kinds.items():
+                    if count > 3:
+                        print(f"warning: {count - 3} more like this: {kind}...", file=sys.stderr)
     return ended
+
+
+def progress_bar(*args, leave: bool = True, **kwargs) -> tqdm:
+    """A progress bar; where standard error is no terminal, a line a minute for the lasting ones."""
+    terminal = sys.stderr.isatty()
+    return tqdm(*args, leave=leave, disable=kwargs.pop("disable", False) or not (terminal or leave),
+                mininterval=0.5 if terminal else 60, **kwargs)
 
 
 def pick_device(name: str) -> torch.device:
@@ -64,8 +138,10 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether this processor multiplies in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def hardware(device: str) -> str:
@@ -171,6 +247,7 @@ PRESETS = {
                   init="identity", steps=1200, lr=1e-3, lr_schedule="cosine", warmup=50, clip=1.0,
                   ema=0.99, precision="auto", hold_out=0.1, checkpoint_every=200),
 }
+KNOWN_DATA = ("mvtec", "visa", "btad", "demo")
 # What does not change a run's numbers, so a finished run stays the same run under other values.
 NOT_COMPARED = {"root", "out", "device", "memory_gb", "eval_batch", "checkpoint_every",
                 "recompute"}
@@ -227,8 +304,13 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
     if given.get("data", "demo") == "demo":
         given.setdefault("category", "fabric")
+    for name in {"data", "root", "out", "foreground"} & set(given):
+        given[name] = os.path.expanduser(given[name])
     if "data" in given:
+        a_path = os.path.dirname(given["data"]) or given["data"].startswith(".")
         given["data"] = os.path.normpath(given["data"])   # parts/, ./parts and parts are one run
+        if a_path and given["data"] in KNOWN_DATA:
+            given["data"] = os.path.join(".", given["data"])           # ./demo is no data set
     usual = Settings(**PRESETS[preset])
     if "resize" in given and usual.crop == usual.resize:
         given.setdefault("crop", given["resize"])         # where nothing is cropped, nothing will

@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +30,13 @@ import data
 import demo
 import perlin
 from evaluate import in_words, network_calls, normal_scores, score, thresholds, write_results
-from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, load_authors_weights,
-                  load_checkpoint, load_model, load_source, load_state, load_torch, locked,
-                  new_progress, read_json, refuse_other_run, run_folder, save_checkpoint, save_csv,
-                  save_json, steps_per_epoch)
-from settings import NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse
+from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, keep_data,
+                  load_authors_weights, load_checkpoint, load_model, load_source, load_state,
+                  load_torch, locked, new_progress, read_json, refuse_other_data,
+                  refuse_other_run, run_folder, save_checkpoint, save_csv, save_json,
+                  steps_per_epoch)
+from settings import (NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse,
+                      progress_bar)
 from transfusion import TransFusion
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))      # torchrun's processes; only rank 0 writes
@@ -67,8 +70,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     due = False
     if not state:
         save_progress(folder, s, model, average, optimizer, progress)
-    with Interruption() as interruption, tqdm(total=steps, initial=progress["step"],
-                                              desc=s.category, unit="step", mininterval=0.5) as bar:
+    with Interruption() as interruption, progress_bar(
+            total=steps, initial=progress["step"], desc=s.category, unit="step") as bar:
         while progress["step"] < steps:
             rate = learning_rate(s, progress["step"], steps, per_epoch) / 2 ** progress["returns"]
             for group in optimizer.param_groups:
@@ -269,7 +272,7 @@ def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
                             "skipped": done - counted, "lr": rate,
                             "seconds": round(progress["seconds"], 1)})
     progress["sums"] = {}
-    bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()})
+    bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
 
 
 def score_epoch(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict,
@@ -291,11 +294,16 @@ def save_progress(folder: Path, s: Settings, model, average, optimizer, progress
 
 
 class Interruption:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag, to stop between two steps."""
+    """Turns the first Ctrl-C (or SIGTERM, or the terminal's end) into a flag, to stop between two
+    steps. In another thread than the main one no signal arrives, and nothing is done."""
 
     def __enter__(self):
-        self.asked = False
-        self.usual = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.asked, self.usual = False, {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)                        # ignored under nohup
+            self.usual = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def ask(self, number, frame):
@@ -350,29 +358,41 @@ def duration(seconds: float) -> str:
 def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     """Train and score one category, or skip it where that is done. Returns its metrics."""
     folder = run_folder(s)
-    refuse_other_run(folder, s)
+    refuse_other_run(folder, s, flags.given, longer=flags.resume)
+    if (folder / "data.json").exists():
+        refuse_other_data(folder, data.find_category(s.data, s.category, data.root_folder(s.root)))
     if (folder / "metrics.json").exists():
-        print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
-        return read_json(folder / "metrics.json")
+        there = read_json(folder / "config.json")
+        if (there["steps"], there["epochs"]) == (s.steps, s.epochs):
+            print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
+            return read_json(folder / "metrics.json")
     state = None
     if (folder / "last.pt").exists():
         if not flags.resume:
             raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
                              f"NAME starts another")
-        state = load_checkpoint(folder / "last.pt")[1]
+        begun, state = load_checkpoint(folder / "last.pt")
+        if begun.precision != s.precision:
+            print(f"  goes on in {s.precision}; it was begun in {begun.precision}")
     elif flags.resume:
         print(f"{folder}: no checkpoint yet, starting from the beginning")
 
     print(f"{s.data} {s.category} -> {folder}")
     model = start_model(s, flags.weights)
     network_calls(model, s)                                # refused now, not after the training
-    source = load_source(s)
+    source = load_source(s, folder=folder)
+    if state and (s.steps or s.epochs * steps_per_epoch(s, source)) < state["step"]:
+        raise InputError(f"{folder} is {state['step']} steps long already; --resume goes on only to "
+                         f"more")
     if flags.eval_every and not source.test:
         raise InputError(f"--eval-every {flags.eval_every}: {source.category.root} has no test "
                          f"images to score")
     with locked(folder):
         if RANK == 0:
             save_json(folder / "config.json", dataclasses.asdict(s))
+            (folder / "metrics.json").unlink(missing_ok=True)        # of a shorter training
+            if not (folder / "data.json").exists():
+                keep_data(folder, source)
         model, progress = train(model, s, source, folder, state, flags.eval_every)
         return {"category": s.category} if RANK else finish(model, s, source, folder, progress)
 
@@ -402,7 +422,7 @@ def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progre
 def start_model(s: Settings, weights: str) -> TransFusion:
     model = build_model(s)
     if weights:
-        state = load_torch(Path(weights))
+        state = load_torch(Path(weights).expanduser())
         try:
             load_authors_weights(model, state)
         except ValueError as error:
@@ -418,7 +438,7 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
     if RANKS > 1:
         raise InputError("--eval: one process scores; start it without torchrun")
     if flags.weights:
-        refuse_other_run(folder, s)
+        refuse_other_run(folder, s, flags.given)
         if (folder / "last.pt").exists() and load_checkpoint(folder / "last.pt")[1]["step"] > 0:
             raise InputError(f"{folder} holds a trained model; give the --weights a --name")
         model, progress, suffix = start_model(s, flags.weights), new_progress(), ""
@@ -438,7 +458,7 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
         if "normal" not in progress:                   # written when the training is over
             suffix = f"-step{progress['step']}{suffix}"
     network_calls(model, s)
-    source = load_source(s, training=False)
+    source = load_source(s, training=False, folder=folder)
     if not source.test:
         raise InputError(f"{source.category.root}: no test images to score")
     with locked(folder):
@@ -501,10 +521,21 @@ def main(argv: list[str] | None = None) -> None:
     if RANKS > 1:
         s = join_ranks(s)
     s, names = find_categories(s)
-    each = [dataclasses.replace(s, category=name) for name in names]
-    print_table([score_again(one, flags) if flags.eval else train_category(one, flags)
-                 for one in each])
-    print("\nresults are in " + ", ".join(str(run_folder(one)) for one in each))
+    rows, failed = [], []
+    for one in (dataclasses.replace(s, category=name) for name in names):
+        try:
+            rows.append(score_again(one, flags) if flags.eval else train_category(one, flags))
+        except InputError as error:
+            if len(names) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(one.category)
+    print_table(rows)
+    print("\nresults are in " + ", ".join(str(run_folder(dataclasses.replace(s, category=name)))
+                                          for name in names if name not in failed))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(names)} categories failed, for the reasons above: "
+                         f"{', '.join(failed)}")
 
 
 if __name__ == "__main__":

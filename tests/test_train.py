@@ -37,7 +37,7 @@ TINY = ["--resize", "32", "--crop", "32", "--channels", "8", "--precision", "flo
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
 def write_parts(folder: Path) -> None:
@@ -91,7 +91,7 @@ def refused(capsys, argv, *expected):
 
 def test_run_folder(small):
     folder, _ = small
-    assert set(contents(folder)) == {"config.json", "log.csv", "last.pt", "metrics.json",
+    assert set(contents(folder)) == {"config.json", "data.json", "log.csv", "last.pt", "metrics.json",
                                      "scores.csv", "maps.npz", "qualitative.png"}
     found = json.loads((folder / "metrics.json").read_text())
     for name in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_ap", "image_f1max"):
@@ -251,7 +251,7 @@ def test_a_full_disk_at_the_checkpoint_leaves_nothing_half_written(parts):
                           capture_output=True, preexec_fn=limit)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "last.pt: cannot be written" in done.stderr.splitlines()[-1]
-    assert set(contents(parts.parent / "runs" / "parts" / "bolt")) == {"config.json"}
+    assert set(contents(parts.parent / "runs" / "parts" / "bolt")) == {"config.json", "data.json"}
 
 
 # ---------------------------------------------------------------- other ways to run

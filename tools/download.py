@@ -22,12 +22,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
 import data
-from settings import InputError, exit_status
+from settings import InputError, exit_status, progress_bar
 
 ATTEMPTS = 5                    # requests in one call
 PAUSE, TIMEOUT = 3.0, 60.0      # seconds between requests, and without a byte
@@ -138,7 +137,7 @@ def locked(path: Path) -> TextIO:
 
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file, tqdm(iter(lambda: file.read(1 << 20), b""), "sha256",
+    with open(path, "rb") as file, progress_bar(iter(lambda: file.read(1 << 20), b""), "sha256",
                                         unit="MiB", leave=False) as bar:
         for block in bar:
             digest.update(block)
@@ -189,7 +188,7 @@ def receive(source: Source, part: Path, notes: Path) -> None:
         notes.write_text(f"{tag}\n{whole}")
         total = int(whole) if whole.isdigit() else 0
         with open(part, "ab" if start else "wb") as file, \
-                tqdm(desc=part.stem, total=total or None, initial=start, unit="B", leave=False,
+                progress_bar(desc=part.stem, total=total or None, initial=start, unit="B", leave=False,
                      unit_scale=True, unit_divisor=1024) as bar:
             while block := response.read(1 << 16):
                 file.write(block)
@@ -230,7 +229,7 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
     or a device, or goes beyond the limits, and for a damaged archive."""
     total = count = 0
     try:
-        with tqdm(entries(archive, folder), "unpacking", unit="file", leave=False) as bar:
+        with progress_bar(entries(archive, folder), "unpacking", unit="file", leave=False) as bar:
             for name, size, plain, write in bar:
                 total, count, path = total + size, count + 1, Path(name)
                 fault = ("leads out of the folder" if path.is_absolute() or ".." in path.parts else
@@ -323,7 +322,7 @@ def check(folder: Path) -> int:
         faults, sizes, masks = found.faults, set(), [item.mask for item in found.test if item.mask]
         pairs = [(image, None) for image in found.train] + [(item.path, item.mask)
                                                             for item in found.test]
-        with tqdm(pairs, name, unit="image", leave=False) as bar:
+        with progress_bar(pairs, name, unit="image", leave=False) as bar:
             for image, mask in bar:
                 size, other = read_size(image, faults), read_size(mask, faults)
                 if other and not data.read_mask(mask).any():

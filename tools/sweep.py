@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
@@ -27,7 +26,7 @@ import demo
 import train
 from data import list_categories, open_image, root_folder
 from runs import load_source, make_folder, save_csv
-from settings import InputError, Settings, exit_status, hardware, parse
+from settings import InputError, Settings, exit_status, hardware, parse, progress_bar
 from transfusion import Attention
 
 STEPS, HARD_STEPS, HARDER = 800, 500, 3.0               # steps, steps of the hard ones, their rate
@@ -36,7 +35,7 @@ HARD = 5                                                # so many categories als
 
 def cut_textures(source: Path, out: Path) -> None:
     """A category of each of DTD's classes: every image's four quarters as normal images."""
-    for folder in tqdm(sorted(p for p in source.iterdir() if p.is_dir()), desc="cutting"):
+    for folder in progress_bar(sorted(p for p in source.iterdir() if p.is_dir()), desc="cutting"):
         normal = out / folder.name / "train" / "good"
         if normal.exists():
             continue
