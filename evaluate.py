@@ -126,15 +126,15 @@ def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> f
 KEPT = 0.1      # share of the normal pixels' scores kept, the largest; settings.check asks no more
 
 
-def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | None:
-    """Scores of the held-out normal images, from which thresholds are taken; None without any.
+def normal_scores(model: TransFusion, s: Settings, images: data.Images, indices) -> dict | None:
+    """Scores of normal images that no training has seen, for thresholds; None without any.
 
     {"images": [float], "pixels": float32 tensor, the largest KEPT of all pixels' M_final,
     "pixel_count": of how many, "infer_steps": network calls}: plain types, for the checkpoint.
     """
-    if len(source.held_out) == 0:
+    if len(indices) == 0:
         return None
-    M_final = final_maps(raw_maps(model, source.images, source.held_out, s), s)
+    M_final = final_maps(raw_maps(model, images, indices, s), s)
     pixels = torch.from_numpy(M_final).flatten()
     return {"images": image_scores(M_final).tolist(), "pixel_count": len(pixels),
             "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values,

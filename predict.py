@@ -2,15 +2,24 @@
 
     python predict.py runs/mvtec/cable photos/ --out found/
 
-`inspect` does the same for images in memory. Training is train.py's, thresholds evaluate.py's.
+    model = predict.load("runs/mvtec/cable")           # the same from Python
+    found = model.inspect("photo.png")
+    found.score, found.verdict, found.heat_map(), found.regions
+
+Training is train.py's, thresholds evaluate.py's.
 """
 import argparse
+import csv
 import dataclasses
 import glob
+import html
+import math
 import os
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -18,43 +27,158 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from data import list_images, open_image, preprocess, scale, to_rgb
-from evaluate import final_maps, image_scores, in_words, network_calls, over_grey, thresholds
-from runs import load_model, make_folder, save_atomically, save_csv
+import data
+from data import open_image, preprocess, scale, to_rgb
+from evaluate import (final_maps, image_scores, in_words, network_calls, normal_scores, over_grey,
+                      thresholds)
+from runs import add_to_checkpoint, load_model, locked, make_folder, save_atomically, save_csv
 from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
+SIDE = 2048                             # the longest side of a picture, in pixels
+PICTURES = ("heatmaps", "restored", "maps")
+TAKEN = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] of uint8 "
+         "or uint16, or a list of these")
 
 
-class Inspection(NamedTuple):
-    """What the model finds in one image of H x W pixels.
+# ---------------------------------------------------------------- from Python
 
-    score: Eq. 11; M_final: Eq. 10, float32 [H, W], NaN where the centre crop leaves the image out;
-    restored: uint8 [H, W, 3], the image itself there.
+@dataclass(frozen=True)
+class Inspection:
+    """What the model finds in one image.
+
+    score: Eq. 11. verdict: "defective", "normal", or "" for a model without threshold. M_final:
+    Eq. 10, float32 [H, W], NaN where the centre crop leaves the image out. image, restored: uint8
+    [H, W, 3]; the restored is the image itself where that is so. H x W is the image's own size, or
+    smaller where that has a side over SIDE pixels; size: its own width and height.
     """
+    image: np.ndarray
+    size: tuple[int, int]
     score: float
     M_final: np.ndarray
     restored: np.ndarray
+    threshold: float | None
+    pixel_threshold: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.threshold is None:
+            return ""
+        return "defective" if self.score > self.threshold else "normal"
+
+    def heat_map(self) -> Image.Image:
+        """The map over the grey image, colours from 0 to twice the threshold; what was not
+        inspected is hatched."""
+        top = max(2 * self.threshold if self.threshold else 0.5, 1e-6)
+        shown = over_grey(self.image, np.nan_to_num(self.M_final), top)
+        rows, columns = np.indices(self.M_final.shape)
+        hatched = np.isnan(self.M_final) & ((rows + columns) // 4 % 2 == 0)
+        shown[hatched] = 0.5 * shown[hatched] + 64
+        return Image.fromarray(shown.round().astype(np.uint8))
+
+    @property
+    def regions(self) -> list[dict]:
+        """Each 8-connected region of the map above the pixel threshold, the highest first.
+
+        x, y: the box's left and top; width, height; area: all in pixels of the image's own size;
+        peak: the map's maximum. None without a threshold.
+        """
+        if self.pixel_threshold is None:
+            return []
+        H, W = self.M_final.shape
+        wide, high = self.size[0] / W, self.size[1] / H
+        labels, _ = ndimage.label(np.nan_to_num(self.M_final) > self.pixel_threshold,
+                                  np.ones((3, 3)))
+        found = []
+        for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+            inside = labels[rows, columns] == k
+            found.append({"x": round(columns.start * wide), "y": round(rows.start * high),
+                          "width": round((columns.stop - columns.start) * wide),
+                          "height": round((rows.stop - rows.start) * high),
+                          "area": round(inside.sum() * wide * high),
+                          "peak": float(self.M_final[rows, columns][inside].max())})
+        return sorted(found, key=lambda region: -region["peak"])
 
 
-def inspect(model: TransFusion, s: Settings, images: list[np.ndarray],
-            infer_steps: int = 0) -> list[Inspection]:
-    """Inspect a batch of images, uint8 [H, W, 3] RGB each, of any sizes.
+class Inspector:
+    """A trained model that inspects images; `load` makes it.
 
-    s: the settings of the run (`load_model` returns them); infer_steps: network calls, 0 for the
-    run's. Maps and restorations come back at each image's own size and position.
+    threshold, pixel_threshold: metrics.Threshold, or None for a model without held-out images.
     """
-    device = next(model.parameters()).device
-    ready = np.stack([preprocess(Image.fromarray(image), s.resize, s.crop) for image in images])
-    x = scale(torch.tensor(ready).to(device))
-    found = model.restore(x, infer_steps or s.infer_steps)
-    maps = final_maps({name: getattr(found, name)[:, 0].cpu().numpy()
-                       for name in ("M_disc", "M_recon", "M_last")}, s)
-    scores, x_0 = image_scores(maps).tolist(), found.x_0.cpu()
-    return [Inspection(score, *uncrop(image, M, restored, s))
-            for image, score, M, restored in zip(images, scores, maps, x_0)]
+
+    def __init__(self, model: TransFusion, s: Settings, normal: dict | None):
+        self.model, self.s, self.normal = model, s, normal
+        self.threshold, self.pixel_threshold = thresholds(normal, s) if normal else (None, None)
+
+    def inspect(self, images):
+        """The Inspection of an image, or the list of those of a list of images.
+
+        images: a path, a PIL image, or an array of uint8 or uint16, grey [H, W], [H, W, 1], RGB or
+        RGBA, of any size. Raises ValueError for anything else, and for a file that is no image.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self.inspect([images])[0]
+        if not images:
+            return []
+        pictures = [as_rgb(image) for image in images]
+        ready = np.stack([preprocess(image, self.s.resize, self.s.crop) for image in pictures])
+        x = scale(torch.tensor(ready).to(next(self.model.parameters()).device))
+        found = self.model.restore(x, self.s.infer_steps)
+        maps = final_maps({name: getattr(found, name)[:, 0].cpu().numpy()
+                           for name in ("M_disc", "M_recon", "M_last")}, self.s)
+        scores = image_scores(maps).tolist()
+        if not all(map(math.isfinite, scores)):
+            raise InputError("a score is no number: the model's weights are damaged")
+        levels = [t and t.value for t in (self.threshold, self.pixel_threshold)]
+        return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), *levels)
+                for image, shown, score, M, x_0 in
+                zip(pictures, map(as_shown, pictures), scores, maps, found.x_0.cpu())]
+
+
+def load(run, device: str = "auto", **changes) -> Inspector:
+    """The model of a run folder or a checkpoint, ready to inspect.
+
+    changes: of the run's settings, as `false_alarms=0.01` or `infer_steps=5`. Raises ValueError
+    for a file that is no checkpoint or settings that cannot be.
+    """
+    path = Path(run).expanduser()
+    model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
+    unknown = set(changes) - {"infer_steps", "false_alarms", "pixel_false_alarms", "lam", "kernel",
+                              "final_mask"}
+    if unknown:
+        raise InputError(f"{', '.join(sorted(unknown))}: cannot be changed after training")
+    s = dataclasses.replace(s, **changes)
+    check(s)
+    network_calls(model, s)
+    return Inspector(model, s, state.get("normal"))
+
+
+def as_rgb(image) -> Image.Image:
+    """8-bit RGB of whatever `inspect` takes. Raises ValueError."""
+    if isinstance(image, (str, os.PathLike)):
+        return to_rgb(open_image(Path(image).expanduser()))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    array = np.asarray(image) if isinstance(image, np.ndarray) else None
+    if array is None or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape \
+            or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4)):
+        kind = f"an array {list(array.shape)} of {array.dtype}" if array is not None else \
+            type(image).__name__
+        raise InputError(f"{kind}: not an image; {TAKEN}")
+    if array.dtype == np.uint16:
+        array = (array / 257).round().astype(np.uint8)
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array).convert("RGB")
+
+
+def as_shown(image: Image.Image) -> np.ndarray:
+    """The image at the size of its pictures, uint8 [H, W, 3]."""
+    share = SIDE / max(image.size)
+    if share < 1:
+        image = image.resize([max(1, round(share * side)) for side in image.size],
+                             Image.Resampling.BILINEAR, reducing_gap=2)
+    return np.array(image)
 
 
 def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
@@ -76,129 +200,159 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
     return full, restored
 
 
-def heat_map(image: np.ndarray, M_final: np.ndarray, top: float) -> Image.Image:
-    """The map over the grey image, colours from 0 to `top`; what was not inspected is hatched."""
-    shown = over_grey(image, np.nan_to_num(M_final), top)
-    rows, columns = np.indices(M_final.shape)
-    hatched = np.isnan(M_final) & ((rows + columns) // 4 % 2 == 0)
-    shown[hatched] = 0.5 * shown[hatched] + 64
-    return Image.fromarray(shown.round().astype(np.uint8))
-
-
-def regions(file: str, M_final: np.ndarray, threshold: float) -> list[dict]:
-    """A row for each 8-connected region of the map above the threshold, the highest first.
-
-    x, y: the box's left and top, in pixels of the image; area in pixels; peak: the map's maximum.
-    """
-    above = np.nan_to_num(M_final) > threshold
-    labels, _ = ndimage.label(above, np.ones((3, 3)))
-    rows = []
-    for k, (rows_of, columns_of) in enumerate(ndimage.find_objects(labels), 1):
-        inside = labels[rows_of, columns_of] == k
-        rows.append({"file": file, "x": columns_of.start, "y": rows_of.start,
-                     "width": columns_of.stop - columns_of.start,
-                     "height": rows_of.stop - rows_of.start, "area": int(inside.sum()),
-                     "peak": f"{M_final[rows_of, columns_of][inside].max():.6g}"})
-    return sorted(rows, key=lambda row: -float(row["peak"]))
-
-
 # ---------------------------------------------------------------- the command
 
-def find_images(given: list[str], out: Path) -> list[Path]:
-    """The files named, those of folders (searched through) and of globs, but none under `out`,
-    where an earlier call may have written. Raises InputError where a name stands for none."""
-    found, out = [], Path(os.path.abspath(out))            # without the .. that leads out of it
+def find_images(given: list[str], out: Path) -> tuple[list[Path], list[str]]:
+    """The files named, those of folders (searched through) and of globs, and what was passed over
+    there. Not the pictures that this command has written. Raises InputError where a name stands for
+    none."""
+    def written(path: Path) -> bool:
+        return any(folder.name in PICTURES and (folder.parent.resolve() == out.resolve()
+                                                or (folder.parent / "regions.csv").exists())
+                   for folder in path.parents)
+
+    found, notes = [], []
     for name in given:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
-            some = [image for folder in sorted([path, *(p for p in path.rglob("*") if p.is_dir())])
-                    for image in list_images(folder)]
+            some = [p for p in data.find_images(path) if not written(p)]
+            ours = [p for p in path.rglob("*") if written(p) or p.name in ("scores.csv",
+                    "regions.csv", "index.html", ".lock")]
+            notes.append(data.passed_over(path, some + ours))
         elif path.exists():
             some = [path]
         else:
-            some = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
-        some = [p for p in (Path(os.path.abspath(p)) for p in some) if out not in p.parents]
+            some = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))
+                    if Path(p).is_file() and not written(Path(p))]
         if not some:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         found += some
-    return list(dict.fromkeys(found))
+    unique = {p.resolve(): Path(os.path.abspath(p)) for p in reversed(found)}
+    return list(reversed(unique.values())), [note for note in notes if note]
 
 
-def tiff_place(file: Path, name: str) -> str:
-    """CATEGORY/test/DEFECT/NNN.tiff for an image of such a tree, else its own name."""
-    if len(file.parts) > 3 and file.parts[-3] == "test":
-        return "/".join((*file.parts[-4:-1], file.stem + ".tiff"))
-    return name + ".tiff"
+def names_of(files: list[Path]) -> list[str]:
+    """Each file's path below the folder that holds them all; from its drive's root, where they lie
+    on several."""
+    try:
+        common = Path(os.path.commonpath([file.parent for file in files]))
+        return [file.relative_to(common).as_posix() for file in files]
+    except ValueError:
+        return ["/".join(part.strip("/\\:") for part in file.parts) for file in files]
+
+
+def tiff_places(files: list[Path], names: list[str]) -> list[str]:
+    """CATEGORY/test/DEFECT/NNN.tiff for images of such a tree, else, or where two would be one, its
+    own name."""
+    places = ["/".join((*file.parts[-4:-1], file.stem + ".tiff"))
+              if len(file.parts) > 3 and file.parts[-3] == "test" else name + ".tiff"
+              for file, name in zip(files, names)]
+    count = Counter(places)
+    return [place if count[place] == 1 else name + ".tiff" for place, name in zip(places, names)]
 
 
 @exit_status
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 where an image could not be read, 2, 130."""
     flags = parse(argv)
-    run = Path(flags.run)
-    device = pick_device(flags.device)
-    model, s, state = load_model(run / "last.pt" if run.is_dir() else run, device)
-    s = dataclasses.replace(s, **{k: getattr(flags, k) for k in ("false_alarms",
-                            "pixel_false_alarms", "infer_steps") if getattr(flags, k) is not None})
-    check(s)
-    image_threshold, pixel_threshold = say_thresholds(state, s, network_calls(model, s))
-    out = Path(flags.out)
-    files = find_images(flags.images, out)
-    common = Path(os.path.commonpath([file.parent for file in files]))
-    make_folder(out)
+    changes = {k: getattr(flags, k) for k in ("false_alarms", "pixel_false_alarms", "infer_steps")
+               if getattr(flags, k) is not None}
+    model = load(flags.run, flags.device, **changes)
+    if flags.calibrate:
+        model = calibrate(model, Path(flags.run).expanduser(), flags)
+        if not flags.images:
+            return 0
+    say_threshold(model, flags.run)
+    out = Path(flags.out).expanduser()
+    files, notes = find_images(flags.images, out)
+    for note in notes:
+        print(f"note: {note}")
+    with locked(out):
+        remove_old(out)
+        return inspect_files(model, files, out, flags)
 
-    top = max(2 * image_threshold if image_threshold else 0.5, 1e-6)    # of the heat maps' colours
-    scores, found, unread = [], [], []
+
+def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
+    """Inspect them batch by batch and write what is found. Returns 1 where some cannot be read."""
+    names = names_of(files)
+    places = tiff_places(files, names)
+    scores, found, shown, unread = [], [], [], []
     with progress_bar(total=len(files), unit="image") as bar:
         for start in range(0, len(files), flags.batch):
-            batch = []
-            for file in files[start:start + flags.batch]:
+            batch, pictures = range(start, min(start + flags.batch, len(files))), {}
+            for k in batch:
                 try:
-                    batch.append((file, np.array(to_rgb(open_image(file)))))
+                    pictures[k] = to_rgb(open_image(files[k]))
                 except InputError as error:
-                    unread.append(file)
+                    unread.append(files[k])
                     bar.write(f"error: {error}", file=sys.stderr)
-            done = inspect(model, s, [image for _, image in batch]) if batch else []
-            for (file, image), result in zip(batch, done):
-                name = file.relative_to(common).as_posix()
-                verdict = "" if image_threshold is None else \
-                    "defective" if result.score > image_threshold else "normal"
-                scores.append({"file": name, "score": f"{result.score:.6g}", "verdict": verdict,
-                               "threshold": "" if image_threshold is None
-                               else f"{image_threshold:.6g}"})
-                if pixel_threshold is not None:
-                    found += regions(name, result.M_final, pixel_threshold)
-                save_image(out / "heatmaps" / f"{name}.png", heat_map(image, result.M_final, top))
-                save_image(out / "restored" / f"{name}.png", Image.fromarray(result.restored))
+            for k, result in zip(pictures, model.inspect(list(pictures.values()))):
+                regions = result.regions
+                scores.append({"file": names[k], "score": f"{result.score:.6g}",
+                               "verdict": result.verdict, "threshold":
+                               "" if result.threshold is None else f"{result.threshold:.6g}"})
+                found += [{"file": names[k], **region, "peak": f"{region['peak']:.6g}"}
+                          for region in regions]
+                shown.append((files[k], names[k], result.score, result.size, regions))
+                save_image(out / "heatmaps" / f"{names[k]}.png", result.heat_map())
+                save_image(out / "restored" / f"{names[k]}.png", Image.fromarray(result.restored))
                 if flags.maps == "tiff":
-                    save_image(out / "maps" / tiff_place(file, name),
+                    save_image(out / "maps" / places[k],
                                Image.fromarray(np.nan_to_num(result.M_final)))
             save_csv(out / "scores.csv", scores, SCORE_COLUMNS)
             save_csv(out / "regions.csv", found, REGION_COLUMNS)
-            bar.update(min(flags.batch, len(files) - start))
+            bar.update(len(batch))
+    threshold = model.threshold and model.threshold.value
+    page = web_page(shown, threshold, out, len(unread)).encode("utf-8", "backslashreplace")
+    save_atomically(out / "index.html", lambda file: file.write(page))
     defective = sum(row["verdict"] == "defective" for row in scores)
     print(f"{len(scores)} images inspected"
-          + (f", {defective} defective" if image_threshold is not None else ", no verdicts")
+          + (f", {defective} defective" if model.threshold else ", no verdicts")
           + (f", {len(unread)} could not be read" if unread else "")
-          + f"; scores.csv, regions.csv, heatmaps and restored are in {out}")
+          + f"; index.html, scores.csv, regions.csv, heatmaps and restored are in {out}")
     return 1 if unread else 0
 
 
-def say_thresholds(state: dict, s: Settings, calls: int) -> tuple[float | None, float | None]:
-    """The two thresholds of a checkpoint's content, printed with what they promise; None without
-    any."""
-    normal = state.get("normal")
-    if not normal:
-        why = "was trained without held-out images (--hold-out)" if "normal" in state else \
-            "is of a run that is not finished (train.py --resume goes on with it)"
-        print(f"this model {why}, so there is no threshold: scores only")
-        return None, None
-    image, pixel = thresholds(normal, s)
-    print(in_words(image, len(normal["images"])))
-    if calls != normal["infer_steps"]:
-        print(f"warning: the threshold belongs to {normal['infer_steps']} network calls, not to "
-              f"{calls}; scores shift a little", file=sys.stderr)
-    return image.value, pixel.value
+def remove_old(out: Path) -> None:
+    """Remove the pictures that the scores.csv of an earlier call names."""
+    try:
+        with open(out / "scores.csv", newline="") as file:
+            names = [row["file"] for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error):
+        return
+    for name in names:
+        for folder in PICTURES[:2]:
+            path = out / folder / f"{name}.png"
+            if ".." not in path.parts:
+                path.unlink(missing_ok=True)
+
+
+def calibrate(model: Inspector, run: Path, flags) -> Inspector:
+    """--calibrate: take the threshold of a trained model from photos of good parts, and keep it."""
+    files, notes = find_images(flags.calibrate, Path(flags.out or "."))
+    for note in notes:
+        print(f"note: {note}")
+    s = model.s
+    good = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos", True)
+    normal = normal_scores(model.model, s, good, range(len(good)))
+    path = run / "last.pt" if run.is_dir() else run
+    with locked(path.parent):
+        add_to_checkpoint(path, normal=normal)
+    print(f"{path} has its threshold from {len(files)} photos now")
+    return Inspector(model.model, s, normal)
+
+
+def say_threshold(model: Inspector, run: str) -> None:
+    """Print the threshold with what it promises, or how to get one."""
+    if not model.threshold:
+        print(f"this model has no threshold: scores only; python predict.py {run} --calibrate "
+              f"GOOD_PHOTOS gives it one")
+        return
+    print(in_words(model.threshold, len(model.normal["images"])))
+    calls = network_calls(model.model, model.s)
+    if calls != model.normal["infer_steps"]:
+        print(f"warning: the threshold belongs to {model.normal['infer_steps']} network calls, not "
+              f"to {calls}; scores shift a little", file=sys.stderr)
 
 
 def save_image(path: Path, picture: Image.Image) -> None:
@@ -206,12 +360,68 @@ def save_image(path: Path, picture: Image.Image) -> None:
     save_atomically(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
 
 
+# ---------------------------------------------------------------- the page
+
+STYLE = """body{font:15px/1.4 sans-serif;margin:2em;color:#222}figure{display:flex;gap:1em;margin:0 0
+1.2em;align-items:flex-start}.p{position:relative;flex:none;width:260px}.p img{width:100%;height:auto;
+display:block;background:#eee}.b{position:absolute;border:2px solid #0cf;box-sizing:border-box}
+hr{border:0;border-top:3px solid #c00;margin:2em 0 .3em}figcaption{overflow-wrap:anywhere}"""
+
+
+def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int) -> str:
+    """A page of all photos, the highest score first: photo, heat map with the regions' boxes, name.
+
+    shown: file, name, score, (width, height) and regions of each. The pictures are those on disk,
+    loaded as one scrolls to them.
+    """
+    def link(path) -> str:
+        return html.escape(quote(os.fsencode(str(path).replace(os.sep, "/"))))
+
+    defective = sum(threshold is not None and row[2] > threshold for row in shown)
+    counts = f"{len(shown)} photos" + (
+        f", {defective} defective, {len(shown) - defective} normal" if threshold is not None else
+        ", no threshold, so no verdicts") + (f", {unread} could not be read" if unread else "")
+    parts = [f"<!doctype html><html><head><meta charset='utf-8'><title>{counts}</title><style>"
+             f"{STYLE}</style></head><body><h1>{counts}</h1>"]
+    drawn = threshold is None
+    for file, name, score, (W, H), regions in sorted(shown, key=lambda row: -row[2]):
+        if not drawn and score <= threshold:
+            parts.append(f"<hr><p>threshold {threshold:.4g}: below it, normal</p>")
+            drawn = True
+        size = f"loading='lazy' width='{W}' height='{H}'"
+        photo = "" if file.suffix.lower() in (".tif", ".tiff", ".ppm", ".pgm") else \
+            f"<div class='p'><img {size} src='{link(relative(file, out))}'></div>"
+        boxes = "".join(f"<div class='b' style='left:{100 * r['x'] / W:.2f}%;top:"
+                        f"{100 * r['y'] / H:.2f}%;width:{100 * r['width'] / W:.2f}%;height:"
+                        f"{100 * r['height'] / H:.2f}%'></div>" for r in regions)
+        parts.append(f"<figure>{photo}<div class='p'><img {size} src='heatmaps/{link(name)}.png'>"
+                     f"{boxes}</div><figcaption>{html.escape(printable(name))}<br>score "
+                     f"{score:.4g}<br>{len(regions)} regions</figcaption></figure>")
+    if not drawn:
+        parts.append(f"<hr><p>threshold {threshold:.4g}: no photo below it</p>")
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def relative(file: Path, out: Path) -> str:
+    try:
+        return os.path.relpath(file, out)
+    except ValueError:                                                # on another drive
+        return file.as_uri()
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Inspect images with a trained model.")
     parser.add_argument("run", metavar="RUN", help="a run folder, or a checkpoint")
-    parser.add_argument("images", metavar="IMAGES", nargs="+",
+    parser.add_argument("images", metavar="IMAGES", nargs="*",
                         help="files, folders (searched through) or globs")
-    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--out", help="folder to write to")
+    parser.add_argument("--calibrate", metavar="GOOD_PHOTOS", nargs="+",
+                        help="take the run's threshold from these photos of good parts, which no "
+                        "training has seen, and keep it")
     parser.add_argument("--maps", choices=("tiff",),
                         help="also write the float maps, in MVTec's evaluation layout where the "
                         "images lie in CATEGORY/test/DEFECT; 0 where not inspected")
@@ -226,6 +436,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.batch < 1:
         raise InputError(f"--batch {flags.batch}: must be at least 1")
+    if not flags.images and not flags.calibrate:
+        parser.error("give IMAGES to inspect, or --calibrate GOOD_PHOTOS")
+    if flags.images and not flags.out:
+        parser.error("the following arguments are required: --out")
     return flags
 
 

@@ -399,7 +399,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
 
 def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict) -> dict:
     """Give a trained model its thresholds and score it, as far as there are images for that."""
-    normal = normal_scores(model, s, source)
+    normal = normal_scores(model, s, source.images, source.held_out)
     add_to_checkpoint(folder / "last.pt", normal=normal)
     if normal:
         print(f"  {in_words(thresholds(normal, s)[0], len(normal['images']))}")
@@ -462,7 +462,7 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
     if not source.test:
         raise InputError(f"{source.category.root}: no test images to score")
     with locked(folder):
-        normal = normal_scores(model, s, source)
+        normal = normal_scores(model, s, source.images, source.held_out)
         if flags.weights:
             save_json(folder / "config.json", dataclasses.asdict(s))
             content = {**progress, "normal": normal}

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import demo
 import train
-from data import scale
+from data import FOLDERS, scale
 from evaluate import final_maps, image_scores, over_grey
-from runs import Source, load_model, load_source
+from runs import Source, load_model, load_source, read_json
 from settings import InputError, Settings
 from tables import find_runs
 from transfusion import Restoration, TransFusion
@@ -64,11 +64,12 @@ class Run:
 def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
     """A finished run of a data set, of this category or the first there is.
 
-    For the demo data a small one is trained where there is none. Raises InputError.
+    For the demo data a small one is trained where there is none, or trained on where that was
+    interrupted. Own data is found where the run had it. Raises InputError.
     """
     found = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
     if not found and name == "demo" and category in ("", "fabric"):
-        train.main([*SMALL, "--root", root, "--out", runs])
+        train.main([*SMALL, "--resume", "--root", root, "--out", runs])
         found = find_runs(name, runs)
     if not found:
         raise InputError(f"no finished run of {name} {category} under {runs}: "
@@ -76,6 +77,8 @@ def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
     folder = found[0]
     model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
     s = dataclasses.replace(s, root=root, device="cpu")
+    if s.data not in FOLDERS and not Path(s.data).is_dir():       # a path from another folder
+        s = dataclasses.replace(s, data=str(Path(read_json(folder / "data.json")["root"]).parent))
     if name == "demo":
         demo.write(Path(root) / "demo", s.category)
     with np.load(folder / "maps.npz") as file:
