@@ -15,9 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import data
 import download
+import settings
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -318,7 +320,7 @@ def test_a_file_longer_than_the_limit(tmp_path, capsys, server):
     (OSError(errno.ENOSPC, "No space left on device"), 2, "error: .*No space left.*free some")])
 def test_ctrl_c_and_a_full_disk_keep_the_part(tmp_path, capsys, server, monkeypatch, phase, problem,
                                               status, line):
-    class Bar(download.tqdm):
+    class Bar(tqdm):
         def __iter__(self):
             for k, entry in enumerate(self.iterable):
                 if self.desc == phase and k == 3:
@@ -331,7 +333,7 @@ def test_ctrl_c_and_a_full_disk_keep_the_part(tmp_path, capsys, server, monkeypa
 
     server.offer("visa", tar_of(visa_files()))
     with monkeypatch.context() as once:
-        once.setattr(download, "tqdm", Bar)
+        once.setattr(settings, "tqdm", Bar)
         got, _, lines = run("visa", "--root", tmp_path, capsys=capsys)
     assert got == status and len(lines) == 1 and re.match(line, lines[0])
     assert left(tmp_path) == [".visa.lock", "visa.tar.part"]

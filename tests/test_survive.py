@@ -99,7 +99,7 @@ def test_a_folder_in_use_is_refused(parts, capsys):  # noqa: F811
     with runs.locked(folder):
         assert train.main(argv_for(parts)) == 2
     error = capsys.readouterr().err
-    assert "in use by another process" in error and list(folder.iterdir()) == []
+    assert "in use by another process" in error and [p.name for p in folder.iterdir()] == [".lock"]
     assert train.main(argv_for(parts)) == 0
 
 
