@@ -74,7 +74,7 @@ def test_every_equation_is_where_the_index_says():
 def test_flags_and_links_exist():
     fields = {name.replace("_", "-") for name in Settings.__dataclass_fields__}
     fields |= {"no-pe", "no-sim-mask", "eval", "eval-every", "resume", "weights", "help"}
-    fields |= {"check", "maps", "nproc_per_node"}                                      # of download.py, predict.py
+    fields |= {"check", "maps", "calibrate", "nproc_per_node"}                                      # of download.py, predict.py
     assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
