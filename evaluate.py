@@ -221,6 +221,11 @@ def over_grey(image: np.ndarray, M: np.ndarray, top: float) -> np.ndarray:
     return (1 - alpha) * image.mean(-1, keepdims=True) + alpha * colours
 
 
+def printable(name: str) -> str:
+    """A file's name for people: bytes that are no UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 ROWS = 24                                               # of the picture, at most
 
 
@@ -253,7 +258,8 @@ def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps
         shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)
         if truth is not None:
             row[4].imshow(truth, cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(f"{items[k].defect}\n{items[k].path.stem}", fontsize=8)
+        row[0].set_ylabel(printable(f"{items[k].defect}\n{items[k].path.stem}"), fontsize=8,
+                          parse_math=False)
         for axis in row:
             axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[0], titles):

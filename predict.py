@@ -30,7 +30,7 @@ from torch import Tensor
 import data
 from data import open_image, preprocess, scale, to_rgb
 from evaluate import (final_maps, image_scores, in_words, network_calls, normal_scores, over_grey,
-                      thresholds)
+                      printable, thresholds)
 from runs import add_to_checkpoint, load_model, locked, make_folder, save_atomically, save_csv
 from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
@@ -400,10 +400,6 @@ def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int
     if not drawn:
         parts.append(f"<hr><p>threshold {threshold:.4g}: no photo below it</p>")
     return "\n".join([*parts, "</body></html>\n"])
-
-
-def printable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def relative(file: Path, out: Path) -> str:

@@ -209,7 +209,8 @@ class Settings:
     recompute: bool = setting(False, "less memory in training, for a third more time", "training")
     compile: bool = setting(False, "compile the network: minutes to start, a tenth faster after "
                             "that on a CPU", "training")
-    hold_out: float = setting(0.0, "share of normal images kept for the threshold", "training")
+    hold_out: float = setting(0.0, "share of normal images kept for the threshold (a folder of your "
+                              "own: 0.1)", "training")
     checkpoint_every: int = setting(1000, "steps between checkpoints", "training")
 
     T: int = setting(20, "steps of the transparency process", "method")
@@ -311,6 +312,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         given["data"] = os.path.normpath(given["data"])   # parts/, ./parts and parts are one run
         if a_path and given["data"] in KNOWN_DATA:
             given["data"] = os.path.join(".", given["data"])           # ./demo is no data set
+    if given.get("data", "demo") not in KNOWN_DATA:
+        given.setdefault("hold_out", 0.1)                 # own parts get a threshold everywhere
     usual = Settings(**PRESETS[preset])
     if "resize" in given and usual.crop == usual.resize:
         given.setdefault("crop", given["resize"])         # where nothing is cropped, nothing will
@@ -342,8 +345,9 @@ def check(s: Settings) -> None:
                              f"the nearest is {max(16, round(value / 8) * 8)}")
     if s.crop > s.resize:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
-    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1), ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0),
-                      ("checkpoint_every", 1), ("clip", 0), ("seed", 0), ("weight_decay", 0)):
+    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1),
+                      ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1),
+                      ("clip", 0), ("seed", 0), ("weight_decay", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")
