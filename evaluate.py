@@ -17,10 +17,11 @@ from torch import Tensor
 
 import data
 import metrics
+from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
                   steps_per_epoch)
 from settings import InputError, Settings, hardware, progress_bar
-from transfusion import TransFusion, anomaly_score, final_mask
+from transfusion import TransFusion, anomaly_score, final_mask, forward_process
 
 
 # ---------------------------------------------------------------- restorations and maps
@@ -123,55 +124,92 @@ def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> f
 
 # ---------------------------------------------------------------- thresholds
 
-KEPT = 0.1      # share of the normal pixels' scores kept, the largest; settings.check asks no more
+TRAINED = 100           # images of the training scored for the threshold, at most
+SYNTHETIC = 64          # defects made on held-out images, to see how many a threshold finds
+FAINT = 0.25            # their opacity, beta in Eq. 2
 
 
-def normal_scores(model: TransFusion, s: Settings, images: data.Images, indices) -> dict | None:
-    """Scores of normal images that no training has seen, for thresholds; None without any.
+def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | None:
+    """Scores of normal images, for thresholds, and of faint synthetic defects; None where no
+    normal image is held out.
 
-    {"images": [float], "pixels": float32 tensor, the largest KEPT of all pixels' M_final,
-    "pixel_count": of how many, "infer_steps": network calls}: plain types, for the checkpoint.
+    {"images": [float] of the held-out images, "trained": [float] of some training images,
+    "synthetic": [float] of `synthetic_defects`, "infer_steps": network calls}: plain types, for the
+    checkpoint.
     """
-    if len(indices) == 0:
+    if not len(source.held_out):
         return None
-    M_final = final_maps(raw_maps(model, images, indices, s), s)
-    pixels = torch.from_numpy(M_final).flatten()
-    return {"images": image_scores(M_final).tolist(), "pixel_count": len(pixels),
-            "pixels": pixels.topk(math.ceil(KEPT * len(pixels))).values,
+
+    def scores(images, indices) -> list[float]:
+        return image_scores(final_maps(raw_maps(model, images, indices, s), s)).tolist()
+
+    return {"images": scores(source.images, source.held_out),
+            "trained": scores(source.images, source.train[:TRAINED]),
+            "synthetic": scores(synthetic_defects(source)[0], range(SYNTHETIC)),
             "infer_steps": network_calls(model, s)}
 
 
-def thresholds(normal: dict, s: Settings) -> tuple[metrics.Threshold, metrics.Threshold]:
-    """The image threshold and the pixel threshold of `normal_scores`, by the same rule."""
-    return (metrics.normal_threshold(normal["images"], s.false_alarms),
-            metrics.normal_threshold(normal["pixels"].numpy(), s.pixel_false_alarms,
-                                     normal["pixel_count"]))
+def synthetic_defects(source: Source) -> tuple[Tensor, Tensor]:
+    """Section 3.3's anomalies at opacity FAINT on the held-out images, in turn: images, uint8
+    [SYNTHETIC, 3, H, W], and masks M, [SYNTHETIC, 1, H, W] in {0, 1}. Always the same ones."""
+    rng = np.random.default_rng(0)
+    chosen = np.resize(source.held_out, SYNTHETIC)
+    n, foreground = source.images[chosen], source.foreground[chosen].float()
+    M, _ = anomaly_mask(random_perlin(rng, SYNTHETIC, *n.shape[2:], n.device), foreground)
+    A = torch.stack([anomaly_appearance(image, texture, rng)
+                     for image, texture in zip(n, source.textures.draw(SYNTHETIC, rng))])
+    x = forward_process(n.float(), A.float(), M, FAINT)
+    return x.round().to(torch.uint8), M
 
 
-def in_words(image: metrics.Threshold, count: int) -> str:
-    """What an image threshold from `count` normal images promises, and how surely."""
-    return (f"threshold {image.value:.4f} from {count} held-out normal image"
-            f"{'s' if count > 1 else ''}: about {100 * image.rate:.1f} % of normal parts will be "
-            f"called defective (with {count} anything from {100 * image.low:.1f} to "
-            f"{100 * image.high:.1f} % is plausible)")
+def threshold(normal: dict, s: Settings) -> metrics.Threshold:
+    """The threshold of `normal_scores`, for images and, as a score is its map's largest value
+    (Eq. 11), for the regions of a map.
+
+    `metrics.normal_threshold` of the held-out and the training images together, and never below
+    that of the held-out ones alone. These few bound the false alarms badly; the training's images,
+    which a network that learns from anomalies does not know by heart, score as new ones do, or
+    lower.
+    """
+    return max(metrics.normal_threshold(scores, s.false_alarms) for scores in
+               (normal["images"], normal["images"] + normal.get("trained", [])))
+
+
+def synthetic_found(normal: dict, image: metrics.Threshold) -> float | None:
+    """Share of the synthetic defects above a threshold."""
+    scores = np.array(normal.get("synthetic", []))
+    return float((scores > image.value).mean()) if len(scores) else None
+
+
+def in_words(normal: dict, image: metrics.Threshold) -> str:
+    """What an image threshold promises, how surely, and how many synthetic defects it finds."""
+    counts = f"{len(normal['images'])} held-out"
+    if normal.get("trained"):
+        counts += f" and {len(normal['trained'])} training"
+    found = synthetic_found(normal, image)
+    return (f"threshold {image.value:.4f}, from {counts} images: of 100 good parts like these "
+            f"about {100 * image.rate:.0f} will be called defective ({100 * image.low:.0f} to "
+            f"{100 * image.high:.0f} is plausible)"
+            + ("" if found is None else
+               f"; it finds {100 * found:.0f} of 100 faint synthetic defects"))
 
 
 def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
                    scores: np.ndarray) -> dict:
-    """The thresholds from the held-out normal images, and what the first does on the test set.
+    """The threshold from normal images, and what it does on the test set.
 
     image_auroc_held_out: the image AUROC with these images in place of the test set's good ones. It
     differs where the good test images differ from the other normal ones, in light say.
     """
-    found = dict.fromkeys(("threshold", "pixel_threshold", "false_alarms_promised",
-                           "false_alarm_rate", "detection_rate", "image_f1",
+    found = dict.fromkeys(("threshold", "false_alarms_promised", "false_alarm_rate",
+                           "detection_rate", "synthetic_found", "image_f1",
                            "image_auroc_held_out"))
     found["threshold_images"] = len(normal["images"]) if normal else 0
     if normal:
-        image, pixel = thresholds(normal, s)
+        image = threshold(normal, s)
         alarms = scores > image.value
-        found.update(threshold=image.value, pixel_threshold=pixel.value,
-                     false_alarms_promised=image.rate,
+        found.update(threshold=image.value, false_alarms_promised=image.rate,
+                     synthetic_found=synthetic_found(normal, image),
                      image_f1=f1_score(labels, alarms, zero_division=math.nan))
         for label, name in ((0, "false_alarm_rate"), (1, "detection_rate")):
             if (labels == label).any():
@@ -206,7 +244,7 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
     save_json(folder / f"metrics{suffix}.json", found)
     if not suffix:
         save_atomically(folder / "qualitative.png",
-                        lambda file: draw_qualitative(file, model, s, source, maps))
+                        lambda file: draw_test_images(file, model, s, source))
     return found
 
 
@@ -229,37 +267,58 @@ def printable(name: str) -> str:
 ROWS = 24                                               # of the picture, at most
 
 
-def draw_qualitative(file, model: TransFusion, s: Settings, source: Source, maps: dict,
-                     of_each: int = 2) -> None:
-    """For some test images of each kind: input, restoration, map over image, map, truth."""
-    from matplotlib.figure import Figure
-    items = source.category.test
+def pick_rows(items: list[data.Item], of_each: int = 2) -> list[int]:
+    """Some test images of each kind, good ones last."""
     kinds = sorted({item.defect for item in items}, key=lambda kind: (data.is_good(kind), kind))
     each = max(1, min(of_each, ROWS // len(kinds)))
     shown = [k for kind in kinds
              for k in [k for k, item in enumerate(items) if item.defect == kind][:each]]
-    if len(shown) > ROWS:
-        shown = shown[:ROWS - 1] + shown[-1:]                   # the last is a good image
-    M_final = final_maps(maps, s)
+    return shown if len(shown) <= ROWS else shown[:ROWS - 1] + shown[-1:]  # the last one is good
+
+
+def draw_test_images(file, model: TransFusion, s: Settings, source: Source) -> None:
+    """qualitative.png: some test images of each kind."""
+    items, shown = source.category.test, pick_rows(source.category.test)
+    truths = [None if source.masks is None else source.masks[k] for k in shown]
+    draw_rows(file, model, s, source.test[shown],
+              [f"{items[k].defect}\n{items[k].path.stem}" for k in shown], truths)
+
+
+def draw_preview(file, model: TransFusion, s: Settings, source: Source) -> None:
+    """preview.png: held-out normal images, and the faint synthetic defects made on them."""
+    count = min(6, len(source.held_out))
+    made, M = synthetic_defects(source)
+    draw_rows(file, model, s, torch.cat([made[:count], source.images[source.held_out[:count]]]),
+              ["synthetic\ndefect"] * count + ["held-out\nnormal"] * count,
+              [*M[:count, 0].numpy(), *[None] * count])
+
+
+def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list[str],
+              truths: list) -> None:
+    """A row for each of images, uint8 [N, 3, H, W]: input, restoration, map over image, map, truth
+    (a mask, or None)."""
+    from matplotlib.figure import Figure
+    parts = [part for _, part in restore_all(model, images, range(len(images)), s)]
+    x_0, *maps = (torch.cat([getattr(part, name).cpu() for part in parts])
+                  for name in ("x_0", "M_disc", "M_recon", "M_last"))
+    M_final = final_maps(dict(zip(("M_disc", "M_recon", "M_last"),
+                                  (M[:, 0].numpy() for M in maps))), s)
     top = float(M_final.max())
-    restored = torch.cat([part.x_0.cpu() for _, part in restore_all(model, source.test, shown, s)])
 
     def picture(image: Tensor) -> np.ndarray:
         return image.permute(1, 2, 0).numpy()
 
     titles = ["image", "restoration", "map over image", "anomaly map", "ground truth"]
-    figure = Figure(figsize=(10, 2 * len(shown) + 0.8), layout="constrained")
-    axes = figure.subplots(len(shown), 5, squeeze=False)
-    for row, k, image, x_0 in zip(axes, shown, source.test[shown], restored):
-        truth = source.masks[k] if source.masks is not None else None
-        row[0].imshow(picture(image))
-        row[1].imshow(picture(x_0.clamp(-1, 1) / 2 + 0.5))
-        row[2].imshow(over_grey(picture(image), M_final[k], top) / 255)
+    figure = Figure(figsize=(10, 2 * len(images) + 0.8), layout="constrained")
+    axes = figure.subplots(len(images), 5, squeeze=False)
+    for k, row in enumerate(axes):
+        row[0].imshow(picture(images[k]))
+        row[1].imshow(picture(x_0[k].clamp(-1, 1) / 2 + 0.5))
+        row[2].imshow(over_grey(picture(images[k]), M_final[k], top) / 255)
         shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)
-        if truth is not None:
-            row[4].imshow(truth, cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(printable(f"{items[k].defect}\n{items[k].path.stem}"), fontsize=8,
-                          parse_math=False)
+        if truths[k] is not None:
+            row[4].imshow(truths[k], cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(printable(names[k]), fontsize=8, parse_math=False)
         for axis in row:
             axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[0], titles):

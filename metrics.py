@@ -113,23 +113,18 @@ class Threshold(NamedTuple):
     high: float
 
 
-def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05,
-                     n: int | None = None) -> Threshold:
-    """A threshold from scores of normal images (or pixels) alone.
+def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> Threshold:
+    """A threshold from scores of normal images alone.
 
     The k-th largest of n scores, k = floor(false_alarms (n + 1)), is exceeded by a new one with
     probability k / (n + 1) on average; given the sample, that probability is Beta(k, n + 1 - k)
-    distributed. With too few scores for the rate asked for (k = 0) the largest is taken. scores:
-    all n of them, or the largest of n. Raises ValueError where there are none, or where so few of
-    the n are given that the k-th is not among them.
+    distributed. With too few scores for the rate asked for (k = 0) the largest is taken. Raises
+    ValueError where there are none.
     """
     ordered = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
-    n = n or len(ordered)
+    n = len(ordered)
     if n == 0:
         raise ValueError("a threshold needs scores of normal images")
     k = min(n, max(1, int(np.floor(false_alarms * (n + 1) + 1e-9))))   # 0.05 * 20 is 1, not less
-    if k > len(ordered):
-        raise ValueError(f"a false-alarm rate of {false_alarms} needs the {k} largest scores of "
-                         f"{n}, and {len(ordered)} are kept")
     low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
     return Threshold(float(ordered[k - 1]), k / (n + 1), float(low), float(high))

@@ -30,8 +30,9 @@ from torch import Tensor
 import data
 from data import open_image, preprocess, scale, to_rgb
 from evaluate import (final_maps, image_scores, in_words, network_calls, normal_scores, over_grey,
-                      printable, thresholds)
-from runs import add_to_checkpoint, load_model, locked, make_folder, save_atomically, save_csv
+                      printable, threshold)
+from runs import (Source, add_to_checkpoint, load_model, locked, make_folder, save_atomically,
+                  save_csv)
 from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
 
@@ -60,7 +61,6 @@ class Inspection:
     M_final: np.ndarray
     restored: np.ndarray
     threshold: float | None
-    pixel_threshold: float | None
 
     @property
     def verdict(self) -> str:
@@ -80,17 +80,18 @@ class Inspection:
 
     @property
     def regions(self) -> list[dict]:
-        """Each 8-connected region of the map above the pixel threshold, the highest first.
+        """Each 8-connected region of the map above the threshold, the highest first.
 
         x, y: the box's left and top; width, height; area: all in pixels of the image's own size;
         peak: the map's maximum. None without a threshold.
         """
-        if self.pixel_threshold is None:
+        if self.verdict != "defective":
             return []
+        M = np.nan_to_num(self.M_final)
+        level = min(self.threshold, 0.999 * M.max())           # resizing takes a little off a peak
         H, W = self.M_final.shape
         wide, high = self.size[0] / W, self.size[1] / H
-        labels, _ = ndimage.label(np.nan_to_num(self.M_final) > self.pixel_threshold,
-                                  np.ones((3, 3)))
+        labels, _ = ndimage.label(M > level, np.ones((3, 3)))
         found = []
         for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
             inside = labels[rows, columns] == k
@@ -105,12 +106,12 @@ class Inspection:
 class Inspector:
     """A trained model that inspects images; `load` makes it.
 
-    threshold, pixel_threshold: metrics.Threshold, or None for a model without held-out images.
+    threshold: metrics.Threshold, or None for a model without held-out images.
     """
 
     def __init__(self, model: TransFusion, s: Settings, normal: dict | None):
         self.model, self.s, self.normal = model, s, normal
-        self.threshold, self.pixel_threshold = thresholds(normal, s) if normal else (None, None)
+        self.threshold = threshold(normal, s) if normal else None
 
     def inspect(self, images):
         """The Inspection of an image, or the list of those of a list of images.
@@ -131,8 +132,8 @@ class Inspector:
         scores = image_scores(maps).tolist()
         if not all(map(math.isfinite, scores)):
             raise InputError("a score is no number: the model's weights are damaged")
-        levels = [t and t.value for t in (self.threshold, self.pixel_threshold)]
-        return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), *levels)
+        level = self.threshold and self.threshold.value
+        return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), level)
                 for image, shown, score, M, x_0 in
                 zip(pictures, map(as_shown, pictures), scores, maps, found.x_0.cpu())]
 
@@ -145,8 +146,7 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     """
     path = Path(run).expanduser()
     model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
-    unknown = set(changes) - {"infer_steps", "false_alarms", "pixel_false_alarms", "lam", "kernel",
-                              "final_mask"}
+    unknown = set(changes) - {"infer_steps", "false_alarms", "lam", "kernel", "final_mask"}
     if unknown:
         raise InputError(f"{', '.join(sorted(unknown))}: cannot be changed after training")
     s = dataclasses.replace(s, **changes)
@@ -255,14 +255,14 @@ def tiff_places(files: list[Path], names: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 where an image could not be read, 2, 130."""
     flags = parse(argv)
-    changes = {k: getattr(flags, k) for k in ("false_alarms", "pixel_false_alarms", "infer_steps")
+    changes = {k: getattr(flags, k) for k in ("false_alarms", "infer_steps")
                if getattr(flags, k) is not None}
     model = load(flags.run, flags.device, **changes)
     if flags.calibrate:
         model = calibrate(model, Path(flags.run).expanduser(), flags)
-        if not flags.images:
-            return 0
     say_threshold(model, flags.run)
+    if not flags.images:
+        return 0
     out = Path(flags.out).expanduser()
     files, notes = find_images(flags.images, out)
     for note in notes:
@@ -332,9 +332,14 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     files, notes = find_images(flags.calibrate, Path(flags.out or "."))
     for note in notes:
         print(f"note: {note}")
-    s = model.s
-    good = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos", True)
-    normal = normal_scores(model.model, s, good, range(len(good)))
+    s, root = model.s, data.root_folder(model.s.root)
+    photos = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos", True)
+    category = data.Category(s.data, s.category, root, files)
+    foreground, _ = data.foreground_masks(photos, category, "none" if s.foreground == "none"
+                                          else "auto", True)
+    normal = normal_scores(model.model, s, Source(
+        category, photos, np.array([], int), np.arange(len(files)), foreground,
+        data.Textures(root, s.crop), [], None, []))
     path = run / "last.pt" if run.is_dir() else run
     with locked(path.parent):
         add_to_checkpoint(path, normal=normal)
@@ -348,7 +353,7 @@ def say_threshold(model: Inspector, run: str) -> None:
         print(f"this model has no threshold: scores only; python predict.py {run} --calibrate "
               f"GOOD_PHOTOS gives it one")
         return
-    print(in_words(model.threshold, len(model.normal["images"])))
+    print(in_words(model.normal, model.threshold))
     calls = network_calls(model.model, model.s)
     if calls != model.normal["infer_steps"]:
         print(f"warning: the threshold belongs to {model.normal['infer_steps']} network calls, not "
@@ -425,8 +430,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="network calls an image (default: the run's)")
     parser.add_argument("--false-alarms", type=float, metavar="RATE",
                         help="false-alarm rate of the image threshold (default: the run's)")
-    parser.add_argument("--pixel-false-alarms", type=float, metavar="RATE",
-                        help="share of normal pixels above the pixel threshold")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--batch", type=int, default=8, help="images at a time (default 8)")
     flags = parser.parse_args(argv)

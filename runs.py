@@ -87,8 +87,8 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
     else:
         held = min(max(round(s.hold_out * len(images)), 1), len(images) - 1) if s.hold_out else 0
         held_out, in_training = order[:held], order[held:]
-    foreground, found = data.foreground_masks(images, category,
-                                              s.foreground if training else "none", True)
+    place = s.foreground if training or s.foreground == "none" else "auto"    # masks may be gone
+    foreground, found = data.foreground_masks(images, category, place, True)
     textures = data.Textures(root, s.crop)
     where = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
     notes = [f"{len(in_training)} normal images to train on, {len(held_out)} held out, {len(test)} "

@@ -233,8 +233,6 @@ class Settings:
                               "as all steps are walked then", "scoring",
                               ("combined", "disc", "recon", "last"))
     false_alarms: float = setting(0.05, "false-alarm rate the threshold aims at", "scoring")
-    pixel_false_alarms: float = setting(0.001, "share of normal pixels the pixel threshold lets "
-                                        "pass, at most 0.1", "scoring")
 
 
 PRESETS = {
@@ -352,7 +350,7 @@ def check(s: Settings) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")
     for name, high in (("lam", 1), ("light", 1), ("hold_out", 0.9), ("ema", 1),
-                       ("false_alarms", 1), ("pixel_false_alarms", 0.1)):
+                       ("false_alarms", 1)):
         if not 0 <= getattr(s, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must lie in 0..{high}")

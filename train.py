@@ -29,12 +29,13 @@ from tqdm import tqdm
 import data
 import demo
 import perlin
-from evaluate import in_words, network_calls, normal_scores, score, thresholds, write_results
+from evaluate import (draw_preview, in_words, network_calls, normal_scores, score,
+                      synthetic_found, threshold, write_results)
 from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, keep_data,
                   load_authors_weights, load_checkpoint, load_model, load_source, load_state,
                   load_torch, locked, new_progress, read_json, refuse_other_data,
-                  refuse_other_run, run_folder, save_checkpoint, save_csv, save_json,
-                  steps_per_epoch)
+                  refuse_other_run, run_folder, save_atomically, save_checkpoint, save_csv,
+                  save_json, steps_per_epoch)
 from settings import (NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse,
                       progress_bar)
 from transfusion import TransFusion
@@ -398,20 +399,29 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
 
 
 def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict) -> dict:
-    """Give a trained model its thresholds and score it, as far as there are images for that."""
-    normal = normal_scores(model, s, source.images, source.held_out)
+    """Give a trained model its threshold and score it, as far as there are images for that.
+
+    Without defective ones the picture is a preview, of synthetic defects on held-out images.
+    """
+    normal = normal_scores(model, s, source)
     add_to_checkpoint(folder / "last.pt", normal=normal)
+    image = threshold(normal, s) if normal else None
     if normal:
-        print(f"  {in_words(thresholds(normal, s)[0], len(normal['images']))}")
-    if not source.test:
-        print("  no test images: trained, but not scored")
+        print(f"  {in_words(normal, image)}")
+    if source.test:
+        found = write_results(folder, model, s, source, progress, normal)
+    else:
         found = {"data": source.category.data, "category": s.category, "seed": s.seed,
-                 "step": progress["step"],
-                 "threshold": thresholds(normal, s)[0].value if normal else None}
+                 "step": progress["step"], "threshold": image.value if normal else None,
+                 "synthetic_found": synthetic_found(normal, image) if normal else None}
         save_json(folder / "metrics.json", found)
-        return found
-    found = write_results(folder, model, s, source, progress, normal)
-    if normal and not math.isnan(found["image_f1max"]):
+        print("  no test images: trained, but not scored")
+    if normal and not any(item.label for item in source.category.test):
+        save_atomically(folder / "preview.png",
+                        lambda file: draw_preview(file, model, s, source))
+        print(f"  no defective parts to test on; {folder / 'preview.png'} shows synthetic defects "
+              f"on held-out images instead, a preview and no result")
+    elif normal and not math.isnan(found["image_f1max"]):
         print(f"  at that threshold the test set's F1 is {100 * found['image_f1']:.1f} %; the best "
               f"threshold for this very test set would give {100 * found['image_f1max']:.1f} %")
         print(f"  the test set's defective images against the held-out normal ones: an AUROC of "
@@ -462,7 +472,7 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
     if not source.test:
         raise InputError(f"{source.category.root}: no test images to score")
     with locked(folder):
-        normal = normal_scores(model, s, source.images, source.held_out)
+        normal = normal_scores(model, s, source)
         if flags.weights:
             save_json(folder / "config.json", dataclasses.asdict(s))
             content = {**progress, "normal": normal}

@@ -124,8 +124,8 @@ def truth_of(run: Run, k: int) -> np.ndarray:
 
 
 def predicted_mask(run: Run, k: int) -> np.ndarray:
-    """M_final above the pixel threshold (half of the largest score where there is none)."""
-    level = run.metrics.get("pixel_threshold")
+    """M_final above the threshold (half of the largest score where there is none)."""
+    level = run.metrics.get("threshold")
     return run.M_final[k] > (run.scores.max() / 2 if level is None else level)
 
 

@@ -1,5 +1,4 @@
 """Fixtures shared by the tests: the demo data and one small trained model."""
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 import demo
 import train
 
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)        # most models here are so small that two threads wait for each other
 
 # A model that trains in a minute or two: what the tests of everything behind training share.
@@ -20,7 +20,7 @@ SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels",
 @contextmanager
 def all_cores():
     """What `small` is trained and scored with."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)
 

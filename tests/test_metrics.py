@@ -190,14 +190,6 @@ def test_threshold_needs_scores():
         metrics.normal_threshold([])
 
 
-def test_threshold_from_the_largest_scores_alone():
-    scores = np.random.default_rng(0).permutation(1000)
-    assert metrics.normal_threshold(scores[scores >= 900], 0.05, 1000) \
-        == metrics.normal_threshold(scores, 0.05)
-    with pytest.raises(ValueError, match="50 largest scores of 1000, and 10 are kept"):
-        metrics.normal_threshold(scores[scores >= 990], 0.05, 1000)
-
-
 def test_threshold_interval_holds_the_rate_of_this_sample():
     """Uniform scores: the rate of a sample is one minus its threshold; 95 % lie in the interval."""
     rng = np.random.default_rng(0)

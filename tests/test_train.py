@@ -24,8 +24,10 @@ import predict
 import settings
 import train
 from conftest import all_cores
-from evaluate import against_normal, score_maps, seconds_per_image
-from runs import build_model, load_model, load_source, refuse_other_run, steps_per_epoch
+from evaluate import (against_normal, in_words, score_maps, seconds_per_image, synthetic_defects,
+                      synthetic_found, threshold)
+from runs import (build_model, load_checkpoint, load_model, load_source, refuse_other_run,
+                  steps_per_epoch)
 from settings import InputError, Settings, parse
 from test_demo import mean_std_model
 from test_runs import authors_state
@@ -139,12 +141,38 @@ def test_metrics_can_be_computed_again_from_the_maps(small, demo_root):
 
 def test_the_auroc_on_held_out_images_sees_what_light_hides():
     """Good test images that score lower than all others for another reason than their parts."""
-    normal = {"images": [0.3, 0.1, 0.3], "pixels": torch.ones(1), "pixel_count": 10}
+    normal = {"images": [0.3, 0.1, 0.3]}
     labels, scores = np.array([0, 0, 1, 1]), np.array([0.01, 0.02, 0.2, 0.4])
     found = against_normal(normal, Settings(), labels, scores)
     assert found["image_auroc_held_out"] == pytest.approx(4 / 6)
     assert against_normal(normal, Settings(), labels[:2], scores[:2])["image_auroc_held_out"] is None
     assert against_normal(None, Settings(), labels, scores)["image_auroc_held_out"] is None
+
+
+def test_the_threshold_is_of_held_out_and_training_images():
+    """The training's images add to a handful of held-out ones, and never lower their threshold."""
+    few, many = {"images": [0.1, 0.2]}, np.linspace(0, 0.3, 98).tolist()
+    assert threshold(few, Settings()).value == 0.2
+    both = threshold({**few, "trained": many}, Settings())
+    assert both.value == np.sort(many)[-5] and both.rate == pytest.approx(5 / 101)
+    low = threshold({**few, "trained": [v / 10 for v in many]}, Settings())
+    assert low == threshold(few, Settings())
+    assert synthetic_found({"synthetic": [0.1, 0.2, 0.21, 0.3]}, low) == 0.5
+    assert "of 100 good parts like these about 5 will" in in_words({**few, "trained": many}, both)
+
+
+def test_synthetic_defects_lie_on_held_out_images(small, demo_root):
+    s = load_checkpoint(small[0] / "last.pt")[0]
+    source = load_source(dataclasses.replace(s, root=str(demo_root)), folder=small[0])
+    images, M = synthetic_defects(source)
+    originals = source.images[np.resize(source.held_out, len(images))]
+    outside = (M == 0).expand_as(images)
+    assert torch.equal(images[outside], originals[outside])
+    assert (M.sum((1, 2, 3)) > 0).all() and set(M.unique().tolist()) == {0, 1}
+    change = (images.float() - originals.float()).abs()[~outside]
+    assert 0 < change.mean() < 0.25 * 128 and change.max() <= 0.25 * 255 + 0.5
+    again = synthetic_defects(source)
+    assert torch.equal(images, again[0]) and torch.equal(M, again[1])
 
 
 def test_controls_training_and_true_labels_matter(small, demo_root):
@@ -431,7 +459,11 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
     assert found["aupro"] is None and found["image_auroc"] is not None
     shutil.rmtree(parts / "bolt" / "test")
     assert train.main(argv_for(parts, "--name", "untested")) == 0
-    assert "not scored" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not scored" in said and "preview.png" in said
+    folder = parts.parent / "runs" / "parts" / "bolt-untested"
+    assert (folder / "preview.png").stat().st_size > 10_000
+    assert 0 <= json.loads((folder / "metrics.json").read_text())["synthetic_found"] <= 1
     refused(capsys, argv_for(parts, "--name", "watched", "--eval-every", "1"), "--eval-every 1",
             "no test images")
     assert train.main(argv_for(parts, "--name", "untested")) == 0
