@@ -110,7 +110,7 @@ def list_categories(data: str, root: Path) -> list[str]:
 
 
 def find_category(data: str, name: str, root: Path) -> Category:
-    """Find and list the category `name`, in any of the layouts the README names.
+    """Find and list the category `name`, in any of the layouts docs/reproduce.md names.
 
     Raises InputError for a name that is not there (with the nearest that is), an empty train
     folder, and masks and images that do not pair.

@@ -2,7 +2,7 @@
 
 Everything is generated for a batch at once, as tensors on the device of the images. All random
 numbers come from a NumPy generator on the CPU, so a seed means the same on every device, and
-nothing is read back from the device. The readings are in the README's table.
+nothing is read back from the device. The readings are in docs/differences.md.
 """
 from typing import NamedTuple
 

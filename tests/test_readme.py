@@ -1,58 +1,103 @@
-"""The README says what is there: its commands parse, its functions, tests and files exist."""
+"""The README and docs/ say what is there: commands parse, functions, tests, links and files exist."""
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import bench
 import download
+import method_figure
 import predict
 import train
 import transfusion
 from settings import Settings, parse
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "results/README.md",
+         *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+README, REPRODUCE = TEXT["README.md"], TEXT["docs/reproduce.md"]
+SHOWN = [page for page in PAGES if page != "results/README.md"]  # results/ has commands of old versions
 
 
-def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+def commands(page):
+    """The commands of a page's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT[page], re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
-def test_the_first_two_commands():
-    assert commands()[:4] == ["pip install -r requirements.txt", "python train.py",
-                              "pip install -r requirements.txt", "pytest"]
+def inline(page):
+    """The commands between a page's backticks."""
+    return re.findall(r"`(python [^`]+)`", TEXT[page])
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "train.py" in c])
-def test_training_commands_parse(command):
-    words = shlex.split(command)
-    assert words[:2] == ["python", "train.py"]
-    settings, _ = parse(words[2:])
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    outside = re.sub(r"```.*?```", "", text, flags=re.S)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", outside, re.M)}
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 140
+    for page in SHOWN:
+        for line in TEXT[page].splitlines():
+            assert len(line) <= 120 or line.startswith("|"), (page, line)
+
+
+def test_long_pages_begin_with_their_contents():
+    """A page of more than two screens names its sections before the first of them."""
+    for page in PAGES[1:]:
+        sections = re.findall(r"^## (.*)$", TEXT[page], re.M)
+        if TEXT[page].count("\n") > 80:
+            top = TEXT[page].split("\n## ")[0]
+            assert sections == re.findall(r"\[([^]]+)\]\(#", top), page
+
+
+def test_the_first_commands():
+    assert commands("README.md")[:5] == [
+        "python -m venv venv", ". venv/bin/activate", "pip install -r requirements.txt",
+        "python train.py", "python predict.py runs/demo/fabric data/demo/fabric/test --out found/"]
+    assert "`pytest` runs the tests" in README
+
+
+@pytest.mark.parametrize("page, command", [(page, c) for page in SHOWN
+                                           for c in commands(page) + inline(page)
+                                           if c.startswith(("python train.py",
+                                                            "python tools/ablations.py"))
+                                           and not c.endswith("--help")])
+def test_training_commands_parse(page, command):
+    settings, _ = parse(shlex.split(command)[2:])
     assert settings.category
 
 
-@pytest.mark.parametrize("module", [download, predict, bench])
-def test_other_commands_are_those_of_the_readme(module, capsys):
+@pytest.mark.parametrize("module", [download, predict, bench, method_figure])
+def test_other_commands_have_the_flags_that_are_shown(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
     usage = capsys.readouterr().out
-    mine = [c for c in commands() + re.findall(r"`(python [^`]+)`", README)
+    mine = [c for page in SHOWN for c in commands(page) + inline(page)
             if module.__name__ + ".py" in c]
     assert mine
-    for flag in re.findall(r"(--[a-z-]+)", " ".join(mine)):
-        assert flag in usage, flag
+    for command in mine:
+        script = shlex.split(command)[1]
+        assert (ROOT / script).exists(), script
+        for flag in re.findall(r"(--[a-z-]+)", command):
+            assert flag in usage, flag
 
 
 def test_every_notebook_and_section_of_the_index_exists():
-    rows = re.findall(r"^\| [^|]*(?:Fig|Table)[^|]* \| (\d\d_\w+)(?:, ([^;|]+?))?(?:;[^|]*)? \|", README,
-                      re.M)
+    rows = re.findall(r"^\| [^|]*(?:Fig|Table)[^|]* \| (\d\d_\w+)(?:, ([^;|]+?))?(?:;[^|]*)? \|",
+                      REPRODUCE, re.M)
     assert len(rows) > 8
     for name, section in rows:
         text = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
@@ -60,31 +105,57 @@ def test_every_notebook_and_section_of_the_index_exists():
 
 
 def test_every_equation_is_where_the_index_says():
-    rows = re.findall(r"^\| (\d+(?:, \d+)*) \| .*? \| (.*?) \| (.*?) \|$", README, re.M)
+    rows = re.findall(r"^\| (\d+(?:, \d+)*) \| .*? \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
     assert [int(n) for row in rows for n in row[0].split(", ")] == list(range(1, 12))
     tests = (ROOT / "tests" / "test_transfusion.py").read_text()
-    for numbers, functions, names in rows:
+    notebook, = re.findall(r"`(01_\w+\.ipynb)`", README)
+    cells = json.loads((ROOT / "notebooks" / notebook).read_text())["cells"]
+    headings = [line for cell in cells if cell["cell_type"] == "markdown"
+                for line in "".join(cell["source"]).splitlines() if line.startswith("#")]
+    for numbers, functions, names, section in rows:
         for name in re.findall(r"`(\w+)`", functions):
             doc = getattr(transfusion, name).__doc__
             assert name == "ssim" or f"Eq. {numbers.split(',')[0]}" in doc, name
         for name in re.findall(r"`(\w+)`", names):
             assert f"def {name}(" in tests, name
+        assert any(section.lower() in line.lower() for line in headings), section
 
 
-def test_flags_and_links_exist():
+def test_flags_exist():
     fields = {name.replace("_", "-") for name in Settings.__dataclass_fields__}
     fields |= {"no-pe", "no-sim-mask", "eval", "eval-every", "resume", "weights", "help"}
-    fields |= {"check", "maps", "calibrate", "nproc_per_node"}                                      # of download.py, predict.py
-    assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= fields
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
-    assert "@@" not in README
+    fields |= {"check", "maps", "calibrate", "nproc_per_node"}      # of download.py, predict.py ...
+    fields |= {"method"}                                            # docs/baselines.md
+    for page in SHOWN:
+        assert set(re.findall(r"--([a-zA-Z][\w-]*)", TEXT[page])) <= fields, page
+
+
+def test_links_and_anchors_exist():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT[page]):
+            name, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / name if name else ROOT / page
+            assert target.exists(), (page, link)
+            assert not anchor or anchor in anchors(target.read_text()), (page, link)
+
+
+def test_the_method_figure_is_five_panels_of_256_pixels(small, demo_root, tmp_path):
+    out = tmp_path / "method.png"
+    assert method_figure.main([str(small[0]), "--root", str(demo_root), "--out", str(out)]) == 0
+    drawn = Image.open(out)
+    with Image.open(ROOT / "docs" / "method.png") as committed:
+        assert drawn.size == committed.size
+    pixels = np.asarray(drawn.convert("RGB"), float)
+    top = method_figure.ABOVE
+    columns = pixels[top:top + method_figure.PANEL].mean((0, 2))                # white in the gaps
+    line = (columns < 250).astype(int)
+    starts, ends = (np.flatnonzero(np.diff(line) == step) for step in (1, -1))
+    assert len(starts) == 5 and np.abs(ends - starts - method_figure.PANEL).max() <= 3
 
 
 @pytest.mark.slow
 def test_the_first_command_reaches_its_numbers(tmp_path):
     """`python train.py` as a newcomer runs it, in a folder of its own."""
-    import json
     for path in ROOT.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True,

@@ -1,0 +1,80 @@
+"""The README's picture of the method: one step back, drawn with a run's model.
+
+    python tools/method_figure.py runs/demo/fabric          writes docs/method.png
+
+One row: x_t, M_t, eps_t, n_t and x_{t-1}, as Eq. 4 joins them. x_t is a training image with a
+synthetic anomaly at t = T; the step goes half the way at once, because one of twenty changes too
+little to be seen.
+"""
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import torch
+from matplotlib.figure import Figure
+
+from runs import load_model, load_source
+from settings import exit_status
+from train import make_batch
+from transfusion import Step, forward_process, reverse_step
+
+PANEL, GAP, ABOVE, BELOW, DPI = 256, 26, 84, 66, 100                     # pixels
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw one step back.")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--root", default="data", help="where the data sets lie (default: data)")
+    parser.add_argument("--batch", type=int, default=3, help="number of the training batch, whose "
+                        "first image is drawn")
+    parser.add_argument("--out", default="docs/method.png", help="the picture")
+    flags = parser.parse_args(argv)
+
+    model, s, _ = load_model(Path(flags.run) / "last.pt", torch.device("cpu"))
+    source = load_source(dataclasses.replace(s, root=flags.root, device="cpu"))
+    x, eps, M, _, _ = make_batch(s, source, model.last_step, flags.batch, torch.device("cpu"))
+    x, eps, M = x[:1], eps[:1], M[:1]
+    t, t_prev = model.path(2)[:2]
+    beta, beta_prev = model.beta[t], model.beta[t_prev]
+    x_t = forward_process(x, eps, M, beta)                                          # Eq. 2
+    with torch.no_grad():
+        eps_t, n_t, logit = model.predict(x_t, torch.zeros_like(M), torch.tensor([t]))
+    x_prev = reverse_step(x_t, (logit > 0).float(), eps_t, n_t, beta, beta_prev)    # Eq. 4
+    draw(Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev), beta.item(), beta_prev.item(),
+         flags.out)
+
+
+def draw(step: Step, beta_t: float, beta_prev: float, out: str) -> None:
+    """Five panels of PANEL pixels, with the paper's symbols above them and Eq. 4 below."""
+    panels = [("$x_t$", rf"$t = T$, $\beta_t$ = {beta_t:.2g}", step.x_t),
+              ("$M_t$", "where the anomaly is", step.M_t),
+              (r"$\epsilon_t$", "how it looks (grey: none)", step.eps_t),
+              ("$n_t$", "what is beneath it", step.n_t),
+              ("$x_{t-1}$", rf"one step on, $\beta_{{t-1}}$ = {beta_prev:.2g}", step.x_prev)]
+    width = len(panels) * (PANEL + GAP) + GAP
+    height = ABOVE + PANEL + BELOW
+    figure = Figure(figsize=(width / DPI, height / DPI), facecolor="white")
+    for k, (symbol, words, picture) in enumerate(panels):
+        left = GAP + k * (PANEL + GAP)
+        axis = figure.add_axes([left / width, BELOW / height, PANEL / width, PANEL / height])
+        if len(picture[0]) == 3:
+            axis.imshow((picture[0].clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0),
+                        interpolation="bilinear")
+        else:
+            axis.imshow(picture[0, 0], cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+        axis.set(xticks=[], yticks=[])
+        middle = (left + PANEL / 2) / width
+        figure.text(middle, 1 - 28 / height, symbol, ha="center", va="center", fontsize=23)
+        figure.text(middle, 1 - 65 / height, words, ha="center", va="center", fontsize=14)
+    figure.text(0.5, 28 / height, r"Eq. 4:   $x_{t-1} \;=\; x_t \;-\; (\beta_t - \beta_{t-1})"
+                r"\;M_t \odot \epsilon_t \;+\; (\beta_t - \beta_{t-1})\;M_t \odot n_t$",
+                ha="center", va="center", fontsize=19)
+    figure.savefig(out, dpi=DPI)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
