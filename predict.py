@@ -394,6 +394,7 @@ def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int
             parts.append(f"<hr><p>threshold {threshold:.4g}: below it, normal</p>")
             drawn = True
         size = f"loading='lazy' width='{W}' height='{H}'"
+        count = f"{len(regions)} region{'s' * (len(regions) != 1)}"
         photo = "" if file.suffix.lower() in (".tif", ".tiff", ".ppm", ".pgm") else \
             f"<div class='p'><img {size} src='{link(relative(file, out))}'></div>"
         boxes = "".join(f"<div class='b' style='left:{100 * r['x'] / W:.2f}%;top:"
@@ -401,7 +402,7 @@ def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int
                         f"{100 * r['height'] / H:.2f}%'></div>" for r in regions)
         parts.append(f"<figure>{photo}<div class='p'><img {size} src='heatmaps/{link(name)}.png'>"
                      f"{boxes}</div><figcaption>{html.escape(printable(name))}<br>score "
-                     f"{score:.4g}<br>{len(regions)} regions</figcaption></figure>")
+                     f"{score:.4g}<br>{count}</figcaption></figure>")
     if not drawn:
         parts.append(f"<hr><p>threshold {threshold:.4g}: no photo below it</p>")
     return "\n".join([*parts, "</body></html>\n"])

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from scipy import ndimage
 from torch import Tensor
 
 import data
@@ -74,11 +75,7 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
     if category.annotated and category.test:
         masks = np.stack([data.load_mask(item, SCORING_GRID, scoring_side(s))
                           for item in category.test])
-        empty = [item.mask for item, mask in zip(category.test, masks)
-                 if item.mask and not mask.any()]
-        if empty:
-            changes.append(f"warning: {len(empty)} masks of defects are empty, so these defects "
-                           f"are not scored: {', '.join(map(str, empty[:9]))}")
+        changes += truth_kept(category.test, masks)
     order = np.random.default_rng(s.seed).permutation(len(images))
     if kept:
         places = {name_in(category, p): k for k, p in enumerate(category.train)}
@@ -96,6 +93,23 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
              f"foreground: {found}", f"textures: {textures.source}",
              *(f"note: {note}" for note in category.notes), *changes]
     return Source(category, images, in_training, held_out, foreground, textures, test, masks, notes)
+
+
+def truth_kept(items: list[data.Item], masks: np.ndarray) -> list[str]:
+    """What the scoring grid and the centre crop leave of the ground truth, in a line; a second one
+    names the masks that are empty from the start."""
+    there = [(item.mask, data.read_mask(item.mask), mask) for item, mask in zip(items, masks)
+             if item.mask]
+    empty = [path for path, whole, _ in there if not whole.any()]
+    outside = sum(bool(whole.any()) and not mask.any() for _, whole, mask in there)
+    regions = [sum(ndimage.label(part, np.ones((3, 3)))[1] for part in parts)
+               for parts in ([whole for _, whole, _ in there], [mask for *_, mask in there])]
+    notes = [f"ground truth: {regions[0]} regions in {len(there)} masks, {regions[1]} where they are "
+             f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
+    if empty:
+        notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
+                     f"scored: {', '.join(map(str, empty[:9]))}")
+    return notes
 
 
 def name_in(category: data.Category, path: Path) -> str:

@@ -641,3 +641,17 @@ def test_bad_checkpoints(trained, tmp_path, capsys, monkeypatch, content, expect
         torch.save(content, path)
     refused(capsys, [*argv, "--eval"], "last.pt", *expected)
     assert not (parts / "executed").exists()
+
+
+def test_what_the_crop_takes_from_the_truth_is_said(parts):
+    for k, place in enumerate([(slice(0, 4), slice(0, 40)), (slice(18, 22), slice(18, 22))]):
+        mask = np.zeros((40, 40), np.uint8)
+        mask[place] = 255
+        mask[36:40, 36:40] = 255                                       # in the corner of both
+        Image.fromarray(mask).save(parts / f"bolt/ground_truth/dent/{k}_mask.png")
+    s = Settings(data=str(parts), category="bolt", resize=64, crop=32)
+    notes = load_source(s).notes
+    assert "ground truth: 4 regions in 2 masks, 1 where they are scored; 1 masks lie outside the " \
+           "crop" in notes
+    assert "ground truth: 4 regions in 2 masks, 4 where they are scored" \
+           in load_source(dataclasses.replace(s, crop=64)).notes

@@ -24,6 +24,7 @@ from settings import InputError, exit_status, pick_device
 def deal(normal: dict, good: np.ndarray, bad: np.ndarray, s, deals: int) -> list[dict]:
     """Two rows, of the rule with held-out images alone and of the one with the training's too."""
     unseen, count = np.concatenate([normal["images"], good]), len(normal["images"])
+    synthetic = np.array(normal["synthetic"])
     rows = []
     for rule, trained in (("held-out", []), ("both", normal["trained"])):
         seen = []
@@ -31,13 +32,13 @@ def deal(normal: dict, good: np.ndarray, bad: np.ndarray, s, deals: int) -> list
             order = np.random.default_rng(k).permutation(unseen)
             found = threshold({"images": order[:count].tolist(), "trained": trained}, s)
             seen.append((found.rate, *(np.mean(scores > found.value)
-                                       for scores in (order[count:], bad, normal["synthetic"]))))
-        promised, alarms, found, synthetic = np.array(seen).T
+                                       for scores in (order[count:], bad, synthetic))))
+        promised, alarms, detected, share = np.array(seen).T
         rows.append({"rule": rule, "held_out": count, "training": len(trained), "deals": deals,
                      "promised": promised.mean(), "false_alarms_median": np.median(alarms),
                      "false_alarms_mean": alarms.mean(), "false_alarms_max": alarms.max(),
-                     "detected_median": np.median(found), "detected_mean": found.mean(),
-                     "detected_min": found.min(), "synthetic_found": synthetic.mean()})
+                     "detected_median": np.median(detected), "detected_mean": detected.mean(),
+                     "detected_min": detected.min(), "synthetic_found": share.mean()})
     return rows
 
 
