@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,21 @@ def test_the_method_figure_is_five_panels_of_256_pixels(small, demo_root, tmp_pa
     line = (columns < 250).astype(int)
     starts, ends = (np.flatnonzero(np.diff(line) == step) for step in (1, -1))
     assert len(starts) == 5 and np.abs(ends - starts - method_figure.PANEL).max() <= 3
+
+
+def test_the_lines_of_python_run(small, demo_root, tmp_path, monkeypatch, capsys):
+    """A finished run as the user's own, and a photo."""
+    (tmp_path / "runs" / "parts").mkdir(parents=True)
+    (tmp_path / "runs" / "parts" / "bolt").symlink_to(small[0])
+    photo = next((demo_root / "demo" / "fabric" / "test" / "hole").iterdir())
+    shutil.copy(photo, tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    lines, = re.findall(r"```python\n(.*?)```", README, re.S)
+    found: dict = {}
+    exec(lines, found)
+    assert capsys.readouterr().out.startswith(f"{found['found'].score} {found['found'].verdict} [")
+    with Image.open("map.png") as picture:
+        assert picture.size == (256, 256)
 
 
 @pytest.mark.slow
