@@ -1,35 +1,40 @@
-"""What the notebooks share: finding a run, drawing images and maps, failure cases.
+"""What the notebooks share: finding a run, drawing images, maps and the network, failure cases.
 
 The notebooks load and plot; what they need beyond that is here, in tables.py, or in the module that
 owns it.
 """
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, Patch, Rectangle
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
+import data
 import demo
 import train
 from data import FOLDERS, scale
 from evaluate import final_maps, image_scores, over_grey
-from runs import Source, load_model, load_source, read_json
+from runs import SCORING_GRID, Source, load_model, load_source, read_json, scoring_side
 from settings import InputError, Settings
 from tables import find_runs
-from transfusion import Restoration, TransFusion
+from transfusion import Block, Resample, Restoration, ResUNet, TransFusion
 
 # The run a notebook makes where there is none: a minute or two on two cores.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--batch", "8",
          "--steps", "300", "--name", "notebook"]
+METHODS = ("draem", "anoddpm", "diffad", "d3ad")        # their runs are shown beside ours
 
 
 @dataclass
@@ -52,20 +57,47 @@ class Run:
         """Eq. 11 of every test image, [N]."""
         return image_scores(self.M_final)
 
+    @property
+    def threshold(self) -> float:
+        """That of the run; where it has none, the defective images' median score."""
+        found = self.metrics.get("threshold")
+        return found if found is not None else float(np.median(self.scores[self.labels == 1]))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """1 for a defective test image, 0 for a good one, [N]."""
+        return self.source.category.labels
+
     def images(self, indices) -> Tensor:
-        """Test images [B, 3, H, W] in [-1, 1]."""
+        """Test images as the model sees them, [B, 3, H, W] in [-1, 1]."""
         return scale(self.source.test[list(indices)])
+
+    def original(self, k: int) -> Tensor:
+        """A test image on the scoring grid, 256 px less the crop, [3, side, side] in [-1, 1]."""
+        return scale(large([self.source.category.test[k].path], scoring_side(self.s)))[0]
+
+    def truth(self, k: int) -> np.ndarray:
+        """Ground truth of a test image on the scoring grid, bool; zeros where there is none."""
+        side = scoring_side(self.s)
+        masks = self.source.masks
+        return np.zeros((side, side), bool) if masks is None else masks[k]
 
     def restore(self, indices) -> Restoration:
         """The restoration of some test images, in as many network calls as the run's scores."""
         return self.model.restore(self.images(indices), self.s.infer_steps)
 
 
-def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
+def large(paths: Sequence[Path], crop: int = SCORING_GRID) -> Tensor:
+    """Images of files on the scoring grid, whatever size a model sees, uint8 [B, 3, crop, crop]."""
+    return torch.from_numpy(np.stack([data.load_image(p, SCORING_GRID, crop) for p in paths]))
+
+
+def load_run(name: str, runs: str, root: str, category: str = "", training: bool = False) -> Run:
     """A finished run of a data set, of this category or the first there is.
 
     For the demo data a small one is trained where there is none, or trained on where that was
-    interrupted. Own data is found where the run had it. Raises InputError.
+    interrupted. Own data is found where the run had it. training: with the foreground masks that a
+    training batch needs. Raises InputError.
     """
     found = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
     if not found and name == "demo" and category in ("", "fabric"):
@@ -74,59 +106,183 @@ def load_run(name: str, runs: str, root: str, category: str = "") -> Run:
     if not found:
         raise InputError(f"no finished run of {name} {category} under {runs}: "
                          f"python train.py --data {name} --category {category or 'CATEGORY'}")
-    folder = found[0]
+    return open_run(found[0], root, training)
+
+
+def open_run(folder: Path, root: str, training: bool = False) -> Run:
+    """A finished run of a folder."""
     model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
     s = dataclasses.replace(s, root=root, device="cpu")
     if s.data not in FOLDERS and not Path(s.data).is_dir():       # a path from another folder
         s = dataclasses.replace(s, data=str(Path(read_json(folder / "data.json")["root"]).parent))
-    if name == "demo":
+    if s.data == "demo":
         demo.write(Path(root) / "demo", s.category)
     with np.load(folder / "maps.npz") as file:
         maps = {k: file[k] for k in file.files}
-    return Run(folder, model, s, load_source(s, training=False), maps,
+    return Run(folder, model, s, load_source(s, training), maps,
                json.loads((folder / "metrics.json").read_text()))
+
+
+def every_run(name: str, runs: str, root: str, first: str = "") -> list[Run]:
+    """The finished runs of a data set, one a category, that of the category `first` first."""
+    run = load_run(name, runs, root, first)
+    return [run, *(open_run(f, root) for f in find_runs(name, runs) if f != run.folder)]
+
+
+def other_methods(run: Run, root: str) -> dict[str, Run]:
+    """The finished runs of other methods on the same category, CATEGORY-METHOD beside it."""
+    folders = {m: run.folder.with_name(f"{run.s.category}-{m}") for m in METHODS}
+    return {m: open_run(f, root) for m, f in folders.items() if (f / "metrics.json").exists()}
 
 
 def image_auroc(run: Run, **scoring) -> float:
     """Image AUROC of a run's maps under other scoring settings: lam, kernel, final_mask."""
     M_final = final_maps(run.maps, dataclasses.replace(run.s, **scoring))
-    return float(roc_auc_score(run.source.category.labels, image_scores(M_final)))
+    return float(roc_auc_score(run.labels, image_scores(M_final)))
+
+
+def of_score(run: Run, indices, share: float) -> int:
+    """Of these test images the one at a share of their order by score: 0 lowest, 1 highest."""
+    order = sorted(indices, key=lambda k: run.scores[k])
+    return order[round(share * (len(order) - 1))]
 
 
 # ---------------------------------------------------------------- pictures
 
-def show(axis: Axes, picture, title: str = "", top: float | None = None) -> None:
-    """Draw an image [3, H, W] in [-1, 1], or a map [H, W] from 0 to `top` (1 if not given)."""
+MAP = "inferno"                         # the colours of every map and every mask, from 0 to 1
+
+
+def setup() -> None:
+    """Pictures of notebooks: sharp enough to read, small enough to commit."""
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 88})
+    plt.rcParams.update({"figure.dpi": 100, "font.size": 9, "axes.titlesize": 9,
+                         "legend.fontsize": 8, "figure.constrained_layout.use": True})
+
+
+def show(axis: Axes, picture, title: str = "", top: float = 1.0) -> None:
+    """Draw an image [3, H, W] in [-1, 1], or a map [H, W] or [1, H, W] from 0 to `top`."""
     picture = torch.as_tensor(picture).detach().float()
     if picture.ndim == 3 and len(picture) == 3:
         axis.imshow((picture.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0))
     else:
-        axis.imshow(picture.squeeze(0) if picture.ndim == 3 else picture, cmap="inferno", vmin=0,
-                    vmax=1 if top is None else top)
-    axis.set_title(title, fontsize=9)
+        axis.imshow(picture.squeeze(0) if picture.ndim == 3 else picture, cmap=MAP, vmin=0,
+                    vmax=top)
+    axis.set_title(title)
     axis.set(xticks=[], yticks=[])
 
 
-def overlay(axis: Axes, image: Tensor, M: np.ndarray, title: str = "", top: float = 1.0) -> None:
-    """A map over the grey image [3, H, W]."""
+def overlay(image: Tensor, M, top: float = 1.0) -> Tensor:
+    """A map [H, W] of any size over the grey image [3, H, W]: an image in [-1, 1]."""
+    M = F.interpolate(torch.as_tensor(np.asarray(M))[None, None].float(), image.shape[1:],
+                      mode="bilinear")[0, 0]
     picture = (image.permute(1, 2, 0).numpy() / 2 + 0.5) * 255
-    axis.imshow(over_grey(picture, np.asarray(M), top) / 255)
-    axis.set_title(title, fontsize=9)
-    axis.set(xticks=[], yticks=[])
+    return torch.from_numpy(over_grey(picture, M.numpy(), top)).permute(2, 0, 1) / 127.5 - 1
 
 
-def truth_of(run: Run, k: int) -> np.ndarray:
-    """Ground truth of a test image at the model's size, bool [H, W]; zeros where there is none."""
-    if run.source.masks is None:
-        return np.zeros((run.s.crop, run.s.crop), bool)
-    mask = torch.from_numpy(run.source.masks[k])[None, None].float()
-    return (torch.nn.functional.adaptive_avg_pool2d(mask, run.s.crop)[0, 0] >= 0.5).numpy()
+def grid(rows, columns: Sequence[str] = (), labels: Sequence[str] = (), side: float = 1.8,
+         top: float = 1.0) -> None:
+    """Pictures in rows; columns: titles of the first row; labels: left of the rows.
+
+    Each picture as `show` takes it, alone or as (picture, title) or (picture, title, top); None
+    leaves the place empty. side: of a picture, in inches.
+    """
+    wide = max(map(len, rows))
+    _, axes = plt.subplots(len(rows), wide, squeeze=False,
+                                figsize=(side * wide, (side + 0.25) * len(rows)))
+    for i, row in enumerate(rows):
+        for axis in axes[i, len(row):]:
+            axis.axis("off")
+        for j, (axis, cell) in enumerate(zip(axes[i], row)):
+            title = columns[j] if i == 0 and len(columns) else ""
+            if cell is None:
+                axis.axis("off")
+            elif isinstance(cell, tuple):
+                show(axis, cell[0], cell[1] or title, *cell[2:] or (top,))
+            else:
+                show(axis, cell, title, top)
+        if len(labels):
+            axes[i, 0].set_ylabel(labels[i])
 
 
-def predicted_mask(run: Run, k: int) -> np.ndarray:
-    """M_final above the threshold (half of the largest score where there is none)."""
-    level = run.metrics.get("threshold")
-    return run.M_final[k] > (run.scores.max() / 2 if level is None else level)
+# ---------------------------------------------------------------- the network
+
+class Layer(NamedTuple):
+    """A layer of the network as it was called: its kind, and its output's shape (C, H, W)."""
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+
+
+COLOURS = {"convolution": "#d9d9d9", "residual block": "#9ecae1",
+           "residual block + attention": "#fdae6b", "half the size": "#c7e9c0",
+           "twice the size": "#74c476", "head": "#fb6a4a"}
+
+
+def layers(net: ResUNet, side: int) -> list[Layer]:
+    """Send an image of this side through the network and write down what each layer gives."""
+    found = []
+    parts = {"image_proj": net.image_proj,
+             **{f"down.{k}": layer for k, layer in enumerate(net.down)}, "middle": net.middle,
+             **{f"up.{k}": layer for k, layer in enumerate(net.up)},
+             **{name: getattr(net, name) for name in ("anomaly_head", "normal_head", "mask_head")}}
+
+    def kind(name: str, module: nn.Module) -> str:
+        if name.endswith("head"):
+            return "head"
+        if isinstance(module, Resample):
+            return "twice the size" if name.startswith("up") else "half the size"
+        if isinstance(module, Block) and isinstance(module.attn, nn.Identity):
+            return "residual block"
+        return "convolution" if isinstance(module, nn.Conv2d) else "residual block + attention"
+
+    def watch(name: str, module: nn.Module):
+        return module.register_forward_hook(lambda _, inputs, output: found.append(
+            Layer(name, kind(name, module), tuple(output.shape[1:]))))
+
+    hooks = [watch(name, module) for name, module in parts.items()]
+    with torch.no_grad():
+        net(torch.zeros(1, 3, side, side), torch.zeros(1, 1, side, side), torch.ones(1).long())
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def draw_network(found: list[Layer]) -> None:
+    """The network from left to right, a row a resolution: each layer's channels in its box, the
+    skip connections as lines from the way down to the way up."""
+    _, axis = plt.subplots(figsize=(12, 4.6))
+    sizes = sorted({layer.shape[1] for layer in found}, reverse=True)
+    trunk = [layer for layer in found if layer.kind != "head"]
+    heads = [layer for layer in found if layer.kind == "head"]
+    places, skips, lines = {}, [], dict.fromkeys(sizes, 0)
+
+    def box(x: float, y: float, layer: Layer, text: str, width: float = 0.86) -> None:
+        axis.add_patch(Rectangle((x, y), width, 0.8, facecolor=COLOURS[layer.kind],
+                                 edgecolor="black", linewidth=0.6))
+        axis.text(x + width / 2, y + 0.4, text, ha="center", va="center", fontsize=8)
+
+    for x, layer in enumerate(trunk):
+        y = -2.0 * sizes.index(layer.shape[1])
+        places[layer.name] = x, y
+        box(x, y, layer, str(layer.shape[0]))
+        if layer.name == "image_proj" or layer.name.startswith("down"):
+            skips.append(layer)
+        elif layer.name.startswith("up") and layer.kind != "twice the size":
+            start, level = places[skips.pop().name], layer.shape[1]
+            lines[level] += 1
+            height = y + 0.8 + 0.14 * lines[level]
+            axis.plot([start[0] + 0.43, start[0] + 0.43, x + 0.43, x + 0.43],
+                      [y + 0.8, height, height, y + 0.8], color="grey", linewidth=0.8)
+    for k, layer in enumerate(heads):
+        out = {"anomaly_head": r"$\epsilon_t$", "normal_head": "$n_t$", "mask_head": "logit $M_t$"}
+        box(len(trunk) + 0.8, 1.0 - k, layer, f"{out[layer.name]}: {layer.shape[0]}", 2.6)
+    for level, size in enumerate(sizes):
+        axis.text(-0.4, -2.0 * level + 0.4, f"{size} x {size}", ha="right", va="center")
+    axis.legend(handles=[Patch(facecolor=c, edgecolor="black", label=k)
+                         for k, c in COLOURS.items()], loc="lower right", ncols=1)
+    axis.set(xlim=(-2.8, len(trunk) + 3.8), ylim=(-2.0 * len(sizes) + 1.6, 2.1))
+    axis.axis("off")
 
 
 # ---------------------------------------------------------------- failure cases
@@ -135,8 +291,14 @@ class Failure(NamedTuple):
     """A test image that a rule picked, where it is worst, and why, in a sentence."""
     index: int
     rule: str
-    where: np.ndarray                     # bool [H, W], the largest disagreement
+    where: np.ndarray                     # bool, on the scoring grid: the largest disagreement
     why: str
+
+
+def predicted_mask(run: Run, k: int) -> np.ndarray:
+    """M_final above the threshold, bool on the scoring grid."""
+    return final_maps({name: maps[[k]] for name, maps in run.maps.items()}, run.s,
+                      scoring_side(run.s))[0] > run.threshold
 
 
 def largest_region(mask: np.ndarray) -> np.ndarray:
@@ -149,43 +311,48 @@ def circle(axis: Axes, where: np.ndarray) -> None:
     if where.any():
         rows, columns = np.nonzero(where)
         middle = ((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2)
-        radius = max(np.ptp(rows), np.ptp(columns)) / 2 + 3
+        radius = max(np.ptp(rows), np.ptp(columns)) / 2 + 8
         axis.add_patch(Circle(middle, radius, fill=False, color="red", linewidth=1.5))
 
 
 def failures(run: Run, each: int = 2) -> list[Failure]:
     """The `each` worst test images under each of four rules, found from scores and maps alone.
 
-    Missed: the defective images of lowest score. False alarm: the good ones of highest. Restored,
-    not annotated: the most changed image area outside the truth, where there is any. Disagreeing:
-    the least overlap (intersection over union) of predicted and true mask.
+    Missed: the defective images of lowest score, of those not above the threshold. False alarm:
+    the good ones of highest, of those above it. Restored, not annotated: the most changed image
+    area outside the truth, where there is any. Disagreeing: of the defective images that are not
+    missed, the least overlap (intersection over union) of predicted and true mask.
     """
-    labels, scores, found = run.source.category.labels, run.scores, []
-    truth = np.stack([truth_of(run, k) for k in range(len(labels))])
+    labels, scores, found = run.labels, run.scores, []
+    truth = np.stack([run.truth(k) for k in range(len(labels))])
     predicted = np.stack([predicted_mask(run, k) for k in range(len(labels))])
-    good, bad = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
-    threshold = run.metrics.get("threshold")
-    against = "" if threshold is None else f" (threshold {threshold:.3f})"
-    for k in bad[scores[bad].argsort()][:each]:
+    alarm, against = scores > run.threshold, f"threshold {run.threshold:.3f}"
+    good, bad = labels == 0, labels == 1
+    missed = np.flatnonzero(bad & ~alarm)
+    for k in missed[scores[missed].argsort()][:each]:
         found.append(Failure(k, "missed", largest_region(truth[k]),
-                             f"scores only {scores[k]:.3f}{against}: on its {truth[k].sum()} "
-                             f"annotated pixels no single mask exceeds "
-                             f"{run.maps['M_disc'][k][truth[k]].max(initial=0):.2f} on average"))
-    for k in good[scores[good].argsort()[::-1]][:each]:
-        found.append(Failure(k, "false alarm", largest_region(run.M_final[k] > 0.8 * scores[k]),
-                             f"a good image that scores {scores[k]:.3f}{against}, more than "
+                             f"scores {scores[k]:.3f} ({against}), less than "
+                             f"{np.mean(scores[good] > scores[k]):.0%} of the good images"))
+    false = np.flatnonzero(good & alarm)
+    for k in false[scores[false].argsort()[::-1]][:each]:
+        found.append(Failure(k, "false alarm", largest_region(predicted[k]),
+                             f"a good image that scores {scores[k]:.3f} ({against}), more than "
                              f"{np.mean(scores[bad] < scores[k]):.0%} of the defective ones"))
-    changed = (run.maps["M_recon"] > 0.01) & ~ndimage.binary_dilation(truth, np.ones((1, 5, 5)))
-    areas = changed.sum((1, 2))
-    for k in [k for k in areas.argsort()[::-1] if areas[k]][:each]:
-        found.append(Failure(k, "restored, not annotated", largest_region(changed[k]),
-                             f"{areas[k]} pixels outside the annotation were changed by more than "
-                             f"a tenth of the grey range"))
-    joint = (truth & predicted)[bad].sum((1, 2)) / np.maximum((truth | predicted)[bad].sum((1, 2)),
-                                                              1)
-    for k, share in sorted(zip(bad, joint), key=lambda pair: pair[1])[:each]:
+    changed = F.interpolate(torch.from_numpy(run.maps["M_recon"])[:, None], truth.shape[1:],
+                            mode="bilinear")[:, 0].numpy() > 0.01
+    changed &= ~ndimage.binary_dilation(truth, np.ones((1, 9, 9)))
+    areas = changed.mean((1, 2))
+    for k in areas.argsort()[::-1][:each]:
+        if areas[k]:
+            found.append(Failure(k, "restored, not annotated", largest_region(changed[k]),
+                                 f"{areas[k]:.1%} of the image, outside the annotation, was "
+                                 f"changed by more than a tenth of the grey range"))
+    caught = np.flatnonzero(bad & alarm)
+    overlap = (truth & predicted)[caught].sum((1, 2)) / np.maximum(
+        (truth | predicted)[caught].sum((1, 2)), 1)
+    for k, share in sorted(zip(caught, overlap), key=lambda pair: pair[1])[:each]:
+        more, less = (predicted[k] & ~truth[k]).sum(), (truth[k] & ~predicted[k]).sum()
         found.append(Failure(k, "masks disagree", largest_region(truth[k] ^ predicted[k]),
                              f"predicted and true mask share {share:.0%} of their union: "
-                             f"{(predicted[k] & ~truth[k]).sum()} pixels too many, "
-                             f"{(truth[k] & ~predicted[k]).sum()} too few"))
+                             f"{more} pixels too many, {less} too few, of {truth[k].sum()}"))
     return found

@@ -1,18 +1,28 @@
 """The tables of the notebooks: the paper's, ours, and Table 4's differences. No pictures."""
 import csv
+import dataclasses
 import json
+import re
 from html import escape
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
+
+from settings import PRESETS, Settings
 
 HERE = Path(__file__).parent
 
 
 def find_runs(name: str, runs: str) -> list[Path]:
-    """Finished runs of a data set under the default names, one a category."""
-    return [p.parent for p in sorted((Path(runs) / name).glob("*/metrics.json"))
-            if json.loads((p.parent / "config.json").read_text())["name"] in ("", "notebook")]
+    """Finished runs of TransFusion on a data set under the default names, one a category."""
+    found = []
+    for path in sorted((Path(runs) / name).glob("*/metrics.json")):
+        config = {"method": "transfusion",
+                  **json.loads((path.parent / "config.json").read_text())}
+        if config["name"] in ("", "notebook") and config["method"] == "transfusion":
+            found.append(path.parent)
+    return found
 
 
 def paper_table(name: str) -> list[dict[str, str]]:
@@ -23,26 +33,42 @@ def paper_table(name: str) -> list[dict[str, str]]:
 
 
 def our_metrics(name: str, runs: str) -> dict[str, dict]:
-    """metrics.json of every category of a data set: from `runs`, else from results/runs.csv (the
-    first seed listed)."""
+    """metrics.json of every category of a data set, and "crop", the model's pixels: from `runs`,
+    else from results/runs.csv (the first seed listed)."""
     found = {}
     with open(HERE.parent / "results" / "runs.csv", newline="") as file:
         for row in csv.DictReader(file):
             if row["data"] == name and "--name" not in row["command"]:
-                found.setdefault(row["category"], {k: float(row[k]) for k in
-                                                   ("image_auroc", "aupro", "pixel_auroc",
-                                                    "pixel_ap") if row[k]})
+                given = re.search(r"--crop (\d+)", row["command"])
+                usual = {**dataclasses.asdict(Settings()), **PRESETS[row["preset"]]}
+                found.setdefault(row["category"], {
+                    "preset": row["preset"], "crop": int(given[1]) if given else usual["crop"],
+                    **{k: float(row[k]) for k in ("image_auroc", "aupro", "pixel_auroc",
+                                                  "pixel_ap", "seconds_train") if row[k]}})
     for folder in find_runs(name, runs):
         metrics = json.loads((folder / "metrics.json").read_text())
-        found[metrics["category"]] = metrics
+        config = json.loads((folder / "config.json").read_text())
+        found[metrics["category"]] = {"crop": config.get("crop"), **metrics}
     return found
 
 
-class Table:
-    """Rows of text under a title, shown as HTML by Jupyter and as text elsewhere."""
+def ours_is(found: dict[str, dict]) -> str:
+    """The head of a column of our numbers: the presets, pixels and minutes of training."""
+    def span(values) -> str:
+        values = sorted({round(v) for v in values if v is not None})
+        return "-".join(map(str, values[:1] + values[1:][-1:])) or "?"
 
-    def __init__(self, title: str, columns: list[str], rows: list[list]):
-        self.title, self.columns = title, columns
+    presets = "/".join(sorted({m.get("preset") or "?" for m in found.values()}))
+    minutes = (m["seconds_train"] / 60 for m in found.values() if m.get("seconds_train"))
+    return (f"ours: {presets} preset, {span(m.get('crop') for m in found.values())} px, "
+            f"{span(minutes)} min" if found else "ours: none run")
+
+
+class Table:
+    """Rows of text under a title, shown as HTML by Jupyter and as text elsewhere; `note` below."""
+
+    def __init__(self, title: str, columns: list[str], rows: list[list], note: str = ""):
+        self.title, self.columns, self.note = title, columns, note
         self.rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
 
     def _repr_html_(self) -> str:
@@ -50,13 +76,15 @@ class Table:
             return "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
         body = "".join(f"<tr>{cells(map(render, row), 'td')}</tr>" for row in self.rows)
         return (f"<table><caption>{escape(self.title)}</caption>"
-                f"<tr>{cells(map(escape, self.columns), 'th')}</tr>{body}</table>")
+                f"<tr>{cells(map(escape, self.columns), 'th')}</tr>{body}</table>"
+                + (f"<p>{escape(self.note)}</p>" if self.note else ""))
 
     def __repr__(self) -> str:
         lines = [self.columns, *self.rows]
         widths = [max(len(line[k]) for line in lines) for k in range(len(self.columns))]
         return "\n".join([self.title] + ["  ".join(c.rjust(w) for c, w in zip(line, widths))
-                                         for line in lines])
+                                         for line in lines]
+                         + [self.note] * bool(self.note))
 
 
 def ablation_runs(runs: str) -> list[list[dict]]:
@@ -77,8 +105,9 @@ def table4(rows: list[dict]) -> Table:
 
     Differences to the full model in percentage points, image AUROC (det) and AUPRO (loc), of
     several categories their average. Ours are to the mean over the full model's seeds, whose
-    standard deviation says what is noise; those of another final mask to the same model (the first
-    seed), so there is no such noise in them.
+    standard deviation says what is noise: * marks a difference beyond it (Student's t, 95 %). Those
+    of another final mask are to the same model (the first seed), so there is no such noise in
+    them, marked =.
     """
     def values(condition: str, key: str) -> np.ndarray:
         """In %, a value a seed, averaged over the categories."""
@@ -88,6 +117,11 @@ def table4(rows: list[dict]) -> Table:
                 seeds.setdefault(r["seed"], []).append(100 * float(r[key]))
         return np.array([np.mean(each) for each in seeds.values()])
 
+    def noise(seeds: np.ndarray) -> float:
+        """By how much a single run has to differ from the mean of these to count."""
+        n = len(seeds)
+        return stats.t.ppf(0.975, n - 1) * seeds.std(ddof=1) * np.sqrt(1 + 1 / n)
+
     full = {key: values("full model", key) for key in ("image_auroc", "aupro")}
     table = []
     for paper in paper_table("table4_ablations"):
@@ -95,15 +129,24 @@ def table4(rows: list[dict]) -> Table:
         for key, seeds in full.items():
             found = values(paper["condition"], key)
             base = seeds[0] if paper["group"] == "final mask" else seeds.mean()
-            cells.append(f"{seeds.mean():.1f} ± {seeds.std(ddof=1):.1f}" if not paper["flag"] else
-                         f"{found[0] - base:+.1f}" if len(found) else "not run")
+            if not paper["flag"]:
+                cells.append(f"{seeds.mean():.1f} ± {seeds.std(ddof=1):.1f}")
+            elif not len(found):
+                cells.append("not run")
+            else:
+                mark = "=" if paper["group"] == "final mask" else \
+                    "*" if abs(found[0] - base) > noise(seeds) else ""
+                cells.append(f"{found[0] - base:+.1f}{mark}")
         table.append([paper["group"], paper["condition"], *cells, paper["flag"]])
     names = sorted({r["category"] for r in rows})
     ours = names[0] if len(names) == 1 else f"(average of {', '.join(names)})"
     return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} {ours}, "
                  f"{rows[0]['step']} training steps",
                  ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc",
-                  "ours det", "ours loc", "flag"], table)
+                  "ours det", "ours loc", "flag"], table,
+                 f"* beyond the noise of the full model's {len(full['aupro'])} seeds, "
+                 f"{noise(full['image_auroc']):.1f} points det and {noise(full['aupro']):.1f} loc; "
+                 f"= the same model scored otherwise, no noise")
 
 
 MARKS = ("**", "__", "//")                          # first, second and third of a row
@@ -125,7 +168,7 @@ def mark_best(cells: list[str]) -> list[str]:
 
 
 def percent(value: float | None) -> str:
-    return "not run" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def difference(ours: float | None, published: str) -> str:

@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom on the small model; the paper's tables add up."""
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -57,7 +58,7 @@ def executed(small, demo_root):
 
 def test_there_are_notebooks(executed):
     """They start here and run beside the other tests."""
-    assert len(executed) >= 4
+    assert len(executed) == 5
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -72,7 +73,8 @@ def test_notebook_is_committed_executed_on_the_demo_data(path):
     assert 'DATA = "demo"' in code[0].source
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert any(cell.outputs for cell in code)
-    assert "/home" not in str(notebook) and "/root" not in str(notebook)
+    assert not any(f"/{place}/" in str(notebook) for place in ("home", "root", "work", "tmp"))
+    assert all(len(line) < 100 for cell in notebook.cells for line in cell.source.splitlines())
 
 
 def test_one_first_line_names_every_table():
@@ -118,13 +120,62 @@ def test_marks():
 
 def test_failures_are_found_by_their_rules(small, demo_root):
     run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
-    labels, scores = run.source.category.labels, run.scores
-    found = figures.failures(run, each=1)
-    by_rule = {case.rule: case for case in found}
-    assert {"missed", "false alarm", "masks disagree"} <= set(by_rule)
-    assert by_rule["missed"].index == np.where(labels == 1, scores, 9).argmin()
-    assert by_rule["false alarm"].index == np.where(labels == 0, scores, -9).argmax()
-    assert all(case.where.shape == (64, 64) for case in found)
+    labels, scores = run.labels, run.scores
+    # a threshold in the middle of the good images, and above the lowest defective one
+    for level in (float(np.median(scores[labels == 0])), float(scores[labels == 1].min()) + 1e-6):
+        run.metrics["threshold"] = level
+        by_rule = {}
+        for case in figures.failures(run, each=2):
+            by_rule.setdefault(case.rule, []).append(case)
+            assert case.where.shape == (256, 256)
+        alarms = np.flatnonzero((labels == 0) & (scores > level))
+        found = [case.index for case in by_rule.get("false alarm", [])]
+        assert found == alarms[scores[alarms].argsort()[::-1]].tolist()[:2]
+        missed = np.flatnonzero((labels == 1) & (scores <= level))
+        found = [case.index for case in by_rule.get("missed", [])]
+        assert found == missed[scores[missed].argsort()].tolist()[:2]
+        assert all(labels[case.index] and scores[case.index] > level
+                   for case in by_rule["masks disagree"])
+        assert len(by_rule["masks disagree"]) == 2
+
+
+def test_no_false_alarm_where_none_passes_the_threshold(small, demo_root):
+    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+    run.metrics["threshold"] = float(run.scores.max())
+    rules = [case.rule for case in figures.failures(run)]
+    assert "false alarm" not in rules and rules.count("missed") == 2
+
+
+def test_best_median_and_worst(small, demo_root):
+    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+    chosen = [4, 1, 7, 2, 9]
+    order = sorted(chosen, key=lambda k: run.scores[k])
+    assert [figures.of_score(run, chosen, share) for share in (0, 0.5, 1)] == [
+        order[0], order[2], order[4]]
+
+
+def test_the_network_is_drawn_as_it_is(small, demo_root):
+    """Every layer once, in the order of the calls, with the shape that it gave."""
+    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+    found = figures.layers(run.model.net, 64)
+    assert len(found) == 1 + 11 + 1 + 15 + 3
+    assert [layer.shape[1] for layer in found if layer.kind == "half the size"] == [32, 16, 8]
+    assert {layer.shape[1] for layer in found if layer.kind.endswith("attention")} == {16, 8}
+    assert [layer.shape for layer in found[-3:]] == [(3, 64, 64), (3, 64, 64), (1, 64, 64)]
+    assert not any(module._forward_hooks for module in run.model.modules())
+    figures.draw_network(found)
+
+
+def test_runs_of_other_methods_are_kept_apart(small, demo_root, tmp_path):
+    """They are no run of ours, and are found beside it by their name."""
+    for name in ("fabric", "fabric-draem"):
+        shutil.copytree(small[0], tmp_path / "demo" / name)
+    config = tmp_path / "demo" / "fabric-draem" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "method": "draem"}))
+    assert [f.name for f in tables.find_runs("demo", str(tmp_path))] == ["fabric"]
+    run = figures.load_run("demo", str(tmp_path), str(demo_root))
+    others = figures.other_methods(run, str(demo_root))
+    assert list(others) == ["draem"] and others["draem"].folder.name == "fabric-draem"
 
 
 def test_a_restoration_in_the_notebooks_is_that_of_the_runs_scores(small, demo_root):
