@@ -119,7 +119,7 @@ def open_run(folder: Path, root: str, training: bool = False) -> Run:
         demo.write(Path(root) / "demo", s.category)
     with np.load(folder / "maps.npz") as file:
         maps = {k: file[k] for k in file.files}
-    return Run(folder, model, s, load_source(s, training), maps,
+    return Run(folder, model, s, load_source(s, training, folder), maps,
                json.loads((folder / "metrics.json").read_text()))
 
 
