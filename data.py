@@ -22,7 +22,7 @@ from torch import Tensor
 from settings import InputError, progress_bar
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
+LOSSY = {"JPEG", "MPO", "WEBP"}                 # formats, whatever a file's suffix says
 GOOD = {"good", "ok", "normal"}                 # folder names, in any case
 # What the file name of a label has beside its image's name.
 LABEL = re.compile(r"[_-](gt|masks?|labels?|seg)$|^(gt|masks?|labels?|seg)[_-]", re.IGNORECASE)
@@ -215,8 +215,8 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
         for image in images:
             stem = image.relative_to(folder).with_suffix("")
             if stem in masks and stems[stem] > 1:
-                faults.append(f"{image}: {masks[stem].name} is for one image, but {stems[stem]} are "
-                              f"called {stem.name}; rename them and their masks")
+                faults.append(f"{image}: {masks[stem].name} is for one image, but {stems[stem]} "
+                              f"are called {stem.name}; rename them and their masks")
             if annotated and stem not in masks:
                 faults.append(f"{image}: no mask for it; looked for {truth / folder.name / stem}"
                               f"_mask.* and {stem.name}.*; add it, or move ground_truth away to "
@@ -310,7 +310,7 @@ def decode(image: Image.Image, name, is_mask: bool = False) -> Image.Image:
         upright = sixteen_bits(upright, tags)
         top = np.asarray(upright).max()
     elif sixteen:                                         # of colours the upper 8 bits are left
-        top = 256 * max(high for _, high in upright.convert("RGB").getextrema())
+        top = 256 * max(high for _, high in upright.convert("RGB").getextrema()) + 255
     if 0 < top < 4096 and not is_mask:
         warnings.warn(DARK.format(name))
     return upright
@@ -415,7 +415,9 @@ def read_mask(path: Path) -> np.ndarray:
                         else image.convert("RGB")).astype(int)
     values = values.reshape(*values.shape[:2], -1).max(-1)
     top = values.max(initial=0)
-    least = top / 2 if path.suffix.lower() in LOSSY else top / 10 if top > 127 else 0
+    with Image.open(path) as file:
+        lossy = file.format in LOSSY or file.info.get("compression") == "jpeg"          # a TIFF's
+    least = top / 2 if lossy else top / 10 if top > 127 else 0
     return values > least
 
 
