@@ -22,9 +22,13 @@ from torch import Tensor
 from settings import InputError, progress_bar
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
+LOSSY = {"JPEG", "MPO", "WEBP"}                 # formats, whatever a file's suffix says
 GOOD = {"good", "ok", "normal"}                 # folder names, in any case
-LABEL = re.compile(r"[_-](gt|mask|label|seg)$", re.IGNORECASE)      # of a label's file name
+# What the file name of a label has beside its image's name.
+LABEL = re.compile(r"[_-](gt|masks?|labels?|seg)$|^(gt|masks?|labels?|seg)[_-]", re.IGNORECASE)
+LEFTOVERS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN"}          # of systems, not hidden
+DARK = ("{}: no 16-bit value passes 4095, so the image is nearly black; multiply 12-bit values by "
+        "16, 8-bit ones by 257")
 TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # see is_texture
 
 CATEGORIES = {
@@ -95,7 +99,7 @@ def list_categories(data: str, root: Path) -> list[str]:
     Raises InputError when there are none, and says how to get them.
     """
     for folder in data_folders(data, root):
-        found = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and is_category(p)]
+        found = [p.name for p in visible(folder) if p.is_dir() and is_category(p)]
         found = [name for name in CATEGORIES.get(data, found) if name in found]
         if found:
             return found
@@ -136,8 +140,9 @@ def is_good(name: str) -> bool:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, without the hidden files and folders that systems and tools leave."""
-    return sorted(p for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+    """What is in a folder, without the files and folders that systems and tools leave there."""
+    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name not in LEFTOVERS) \
+        if folder.is_dir() else []
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -145,23 +150,25 @@ def list_images(folder: Path) -> list[Path]:
     return [p for p in visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
 
-def find_images(folder: Path, within: tuple[Path, ...] = ()) -> list[Path]:
-    """The image files of a folder and of those in it, each folder once, whatever links there are."""
+def find_files(folder: Path, within: tuple[Path, ...] = ()) -> list[Path]:
+    """The files of a folder and of those in it; a link that leads back up is not followed."""
     home = folder.resolve()
     if home in within:
         return []
-    return [image for path in visible(folder) for image in
-            (find_images(path, (*within, home)) if path.is_dir() else
-             [path] if path.suffix.lower() in SUFFIXES else [])]
+    return [file for path in visible(folder) for file in
+            (find_files(path, (*within, home)) if path.is_dir() else [path])]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder and of those in it."""
+    return [path for path in find_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def passed_over(folder: Path, read: list[Path]) -> str:
     """Which files below a folder are not among those read: their number by suffix, or nothing."""
     known = set(read)
-    left = Counter(p.suffix.lower() or "no suffix" for p in folder.rglob("*")
-                   if p.is_file() and p not in known
-                   and all(part[0] != "." for part in p.relative_to(folder).parts)
-                   and p.name.lower() not in ("thumbs.db", "desktop.ini"))
+    left = Counter(p.suffix.lower() or "no suffix" for p in find_files(folder)
+                   if p not in known and p.name.lower() not in ("thumbs.db", "desktop.ini"))
     names = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
     return f"{folder}: not read: {names}" if names else ""
 
@@ -190,7 +197,8 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
         if is_good(folder.name):
             test += [Item(p, 0, folder.name) for p in images]
             continue
-        masks, alone, stems = {}, [], {p.relative_to(folder).with_suffix("") for p in images}
+        masks, alone = {}, []
+        stems = Counter(p.relative_to(folder).with_suffix("") for p in images)
         for mask in find_images(truth / folder.name):
             place = mask.relative_to(truth / folder.name)
             stem = place.with_name(place.stem.removesuffix("_mask"))
@@ -206,6 +214,9 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
                 alone.append(f"{mask}: a mask without its image")
         for image in images:
             stem = image.relative_to(folder).with_suffix("")
+            if stem in masks and stems[stem] > 1:
+                faults.append(f"{image}: {masks[stem].name} is for one image, but {stems[stem]} "
+                              f"are called {stem.name}; rename them and their masks")
             if annotated and stem not in masks:
                 faults.append(f"{image}: no mask for it; looked for {truth / folder.name / stem}"
                               f"_mask.* and {stem.name}.*; add it, or move ground_truth away to "
@@ -232,7 +243,8 @@ def beside(images: list[Path]) -> list[str]:
     labels = [p for p in images if LABEL.search(p.stem)
               and p.with_name(LABEL.sub("", p.stem)) in known]
     return [f"{labels[0]}: looks like the label of the image beside it, not like a part (as do "
-            f"{len(labels) - 1} more there); move labels to ground_truth"] if labels else []
+            f"{len(labels) - 1} more there); move labels to another folder, those of "
+            f"test images to ground_truth"] if labels else []
 
 
 def read_visa(data: str, name: str, path: Path) -> Category:
@@ -242,7 +254,7 @@ def read_visa(data: str, name: str, path: Path) -> Category:
         raise InputError(f"{table} is missing: VisA's official split is part of its archive")
     train, test, faults = [], [], []
     try:
-        with open(table, newline="") as file:
+        with open(table, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["object"] == name]
         for row in rows:
             image, normal = path.parent / row["image"], row["label"] == "normal"
@@ -263,24 +275,12 @@ def read_visa(data: str, name: str, path: Path) -> Category:
 
 # ---------------------------------------------------------------- reading images
 
-def open_image(path: Path) -> Image.Image:
-    """A decoded image, upright as its EXIF says, 8 bits a channel or 16-bit grey ("I;16").
-
-    Raises InputError for a file that is not an image, is cut off, or whose values have no known
-    range: floats are read as 0..1, as nearly all of them must lie there. Warns, by name, of pages
-    after the first and of 16-bit values that may be 12-bit ones.
-    """
+def open_image(path: Path, is_mask: bool = False) -> Image.Image:
+    """The image of a file, as `decode` gives it. Raises InputError for a file that is not an image,
+    is cut off, or whose values have no known range."""
     try:
         with Image.open(path) as image:
-            image.load()
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                warnings.warn(f"{path}: {image.n_frames} pages, only the first is read")
-            tags, upright = getattr(image, "tag_v2", {}), ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                return sixteen_bits(upright, path, tags)
-            if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:
-                raise ValueError("16-bit colour in planes; save it as 8-bit")
-            return upright
+            return decode(image, path, is_mask)
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it")
     except Image.DecompressionBombError:
@@ -289,7 +289,34 @@ def open_image(path: Path) -> Image.Image:
                          f"it into parts, or reduce it")
 
 
-def sixteen_bits(image: Image.Image, path: Path, tags) -> Image.Image:
+def decode(image: Image.Image, name, is_mask: bool = False) -> Image.Image:
+    """An image upright as its EXIF says, of 8 bits a channel or 16-bit grey ("I;16").
+
+    Raises ValueError where the range of its values is not known: floats are read as 0..1, as nearly
+    all of them must lie there. Warns, by name, of pages after the first and, but for a mask, of
+    16-bit values that may be of fewer bits.
+    """
+    sixteen = ";16" in str(getattr(image, "tile", ""))           # gone once it is decoded
+    image.load()
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        warnings.warn(f"{name}: {image.n_frames} pages, only the first is read")
+    tags, upright = getattr(image, "tag_v2", {}), ImageOps.exif_transpose(image)
+    if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:
+        raise ValueError("16-bit colour in planes; save it as 8-bit")
+    top = 0
+    if image.mode == "F":
+        upright = sixteen_bits(upright, tags)
+    elif image.mode.startswith("I"):
+        upright = sixteen_bits(upright, tags)
+        top = np.asarray(upright).max()
+    elif sixteen:                                         # of colours the upper 8 bits are left
+        top = 256 * max(high for _, high in upright.convert("RGB").getextrema()) + 255
+    if 0 < top < 4096 and not is_mask:
+        warnings.warn(DARK.format(name))
+    return upright
+
+
+def sixteen_bits(image: Image.Image, tags) -> Image.Image:
     """A grey image of 16 or 32 bits or of floats as one of 16 bits; tags: a TIFF's.
 
     Raises ValueError where the range of its values is not known.
@@ -308,9 +335,6 @@ def sixteen_bits(image: Image.Image, path: Path, tags) -> Image.Image:
                          "16-bit")
     if tags.get(262) == 0:                                        # white is zero
         values = 65535 - values.astype(np.int64)
-    if 255 < values.max() < 4096:
-        warnings.warn(f"{path}: no 16-bit value passes {values.max():.0f}; if these are 12-bit "
-                      f"ones the image is read 16 times too dark: multiply them by 16")
     return Image.fromarray(values.astype(np.uint16))
 
 
@@ -386,12 +410,14 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """The anomalous pixels of a mask's file, bool [H, W]; see `load_mask`."""
-    image = open_image(path)
+    image = open_image(path, is_mask=True)
     values = np.asarray(image if image.mode in ("L", "1") or image.mode[0] == "I"
                         else image.convert("RGB")).astype(int)
     values = values.reshape(*values.shape[:2], -1).max(-1)
     top = values.max(initial=0)
-    least = top / 2 if path.suffix.lower() in LOSSY else top / 10 if top > 127 else 0
+    with Image.open(path) as file:
+        lossy = file.format in LOSSY or file.info.get("compression") == "jpeg"          # a TIFF's
+    least = top / 2 if lossy else top / 10 if top > 127 else 0
     return values > least
 
 
@@ -515,7 +541,15 @@ def given_foreground(images: Images, category: Category, folder: Path) -> tuple[
         raise InputError(f"--foreground {folder}: no such folder; auto, none or a folder of masks")
     if (folder / category.name).is_dir():
         folder = folder / category.name
-    files = {p.stem.removesuffix("_mask"): p for p in list_images(folder)}
+    files: dict[str, Path] = {}
+    for path in list_images(folder):
+        other = files.setdefault(path.stem.removesuffix("_mask"), path)
+        if other != path:
+            raise InputError(f"{path}: a second foreground mask beside {other.name}; keep one")
+    twice = [p for p, count in Counter(p.stem for p in category.train).items() if count > 1]
+    if twice:
+        raise InputError(f"--foreground {folder}: {len(twice)} names of training images stand for "
+                         f"several, as {twice[0]}, so their masks are not known; rename them")
     gone = [p for p in category.train if p.stem not in files]
     if gone:
         raise InputError(f"{folder}: no foreground mask named like {gone[0].name} "
@@ -537,7 +571,7 @@ class Textures:
         self.size, self.limit = size, limit
         found = [folder for folder in (root / "dtd" / "images", root / "dtd-r1.0.1" / "images")
                  if folder.is_dir()]
-        self.paths = sorted(found[0].glob("*/*.jpg")) if found else []
+        self.paths = [p for p in find_images(found[0]) if p.suffix == ".jpg"] if found else []
         self.cache: dict[int, Tensor] = {}
         if self.paths:
             self.source = f"{len(self.paths)} images of DTD ({found[0]})"

@@ -100,8 +100,12 @@ def score_maps(maps: dict[str, np.ndarray], labels: np.ndarray, masks: np.ndarra
 
 
 def image_scores(M_final: np.ndarray) -> np.ndarray:
-    """Eq. 11 of maps [N, H, W]: [N]."""
-    return anomaly_score(torch.from_numpy(M_final)).numpy()
+    """Eq. 11 of maps [N, H, W]: [N]. Raises InputError for a score that is no number, as that
+    would pass for a normal image's."""
+    scores = anomaly_score(torch.from_numpy(M_final)).numpy()
+    if not np.isfinite(scores).all():
+        raise InputError("a score is no number: the model's weights are damaged")
+    return scores
 
 
 def score(model: TransFusion, s: Settings, source: Source):

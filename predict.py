@@ -13,9 +13,9 @@ import csv
 import dataclasses
 import glob
 import html
-import math
 import os
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +130,6 @@ class Inspector:
         maps = final_maps({name: getattr(found, name)[:, 0].cpu().numpy()
                            for name in ("M_disc", "M_recon", "M_last")}, self.s)
         scores = image_scores(maps).tolist()
-        if not all(map(math.isfinite, scores)):
-            raise InputError("a score is no number: the model's weights are damaged")
         level = self.threshold and self.threshold.value
         return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), level)
                 for image, shown, score, M, x_0 in
@@ -160,7 +158,7 @@ def as_rgb(image) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return to_rgb(open_image(Path(image).expanduser()))
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(data.decode(image, "an image"))
     array = np.asarray(image) if isinstance(image, np.ndarray) else None
     if array is None or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape \
             or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4)):
@@ -168,6 +166,8 @@ def as_rgb(image) -> Image.Image:
             type(image).__name__
         raise InputError(f"{kind}: not an image; {TAKEN}")
     if array.dtype == np.uint16:
+        if 0 < array.max() < 4096:
+            warnings.warn(data.DARK.format("an array"))
         array = (array / 257).round().astype(np.uint8)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array).convert("RGB")
 
@@ -216,9 +216,9 @@ def find_images(given: list[str], out: Path) -> tuple[list[Path], list[str]]:
         path = Path(name).expanduser()
         if path.is_dir():
             some = [p for p in data.find_images(path) if not written(p)]
-            ours = [p for p in path.rglob("*") if written(p) or p.name in ("scores.csv",
-                    "regions.csv", "index.html", ".lock")]
-            notes.append(data.passed_over(path, some + ours))
+            ours = [p for p in data.find_files(path) if written(p) or p.name in ("scores.csv",
+                    "regions.csv", "index.html")]
+            notes += [data.passed_over(path, some + ours), *data.beside(some)]
         elif path.exists():
             some = [path]
         else:
@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     files, notes = find_images(flags.images, out)
     for note in notes:
         print(f"note: {note}")
+    if (out / "last.pt").exists():
+        raise InputError(f"--out {out}: holds a training's results; choose another folder")
     with locked(out):
         remove_old(out)
         return inspect_files(model, files, out, flags)
@@ -316,7 +318,7 @@ def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
 def remove_old(out: Path) -> None:
     """Remove the pictures that the scores.csv of an earlier call names."""
     try:
-        with open(out / "scores.csv", newline="") as file:
+        with open(out / "scores.csv", newline="", encoding="utf-8") as file:
             names = [row["file"] for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, csv.Error):
         return

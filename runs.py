@@ -63,8 +63,8 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
             raise InputError(f"{category.root / gone[0]}: gone (and {len(gone) - 1} more), but this "
                              f"run was begun with it; put it back, or give another --name")
         every = {*kept["train"], *kept["held_out"]}
-        changes = [f"{len(set(names) - every)} normal images were added since this run began: not "
-                   f"used"] if set(names) - every else []
+        changes = [f"warning: {len(set(names) - every)} normal images were added since this run "
+                   f"began: not used"] if set(names) - every else []
         category = dataclasses.replace(category, train=[p for name, p in names.items()
                                                         if name in every])
     limit = s.memory_gb * 1e9
@@ -362,11 +362,15 @@ def load_checkpoint(path: Path) -> tuple[Settings, dict]:
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put weights into the model. Raises InputError for those of another one, and for NaN."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = " ".join(str(error).split("\n\t")[1:2]) or str(error)
         raise InputError(f"{path} holds another architecture: {first[:160]}")
+    if not all(weight.isfinite().all() for weight in state.values()):
+        raise InputError(f"{path} holds weights that are not finite numbers; the file is damaged: "
+                         f"train again, or use another checkpoint")
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings, dict]:
@@ -380,9 +384,6 @@ def load_model(path: Path, device: torch.device) -> tuple[TransFusion, Settings,
         s = dataclasses.replace(s, precision="float32")
     model = build_model(s)
     load_state(model, state["ema"] or state["model"], path)
-    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-        raise InputError(f"{path} holds weights that are not finite numbers; the file is damaged: "
-                         f"train again, or use another checkpoint")
     return model.to(device).eval(), s, state
 
 
@@ -405,8 +406,8 @@ def authors_name(name: str) -> str:
 def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
     """Copy a state dict in the authors' format into `model` (which the authors' settings built).
 
-    Raises ValueError that names every key missing, left over or of another shape; the model is
-    not touched then.
+    Raises ValueError that names every key missing, left over, of another shape or with values that
+    are not finite; the model is not touched then.
     """
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("the weights are no state dict, names with a tensor each")
@@ -417,8 +418,10 @@ def load_authors_weights(model: TransFusion, state: dict[str, Tensor]) -> None:
     extra = sorted(set(theirs) - set(names.values()))
     shapes = [f"{k} is {list(theirs[k].shape)}, not {list(ours[name].shape)}"
               for name, k in names.items() if k in theirs and theirs[k].shape != ours[name].shape]
+    broken = [k for k, value in theirs.items() if not value.isfinite().all()]
     problems = [f"{title}: {', '.join(found)}" for title, found in
-                (("missing", missing), ("not known", extra), ("of another shape", shapes)) if found]
+                (("missing", missing), ("not known", extra), ("of another shape", shapes),
+                 ("not finite", broken)) if found]
     if problems:
         raise ValueError("the weights do not fit the network; " + "; ".join(problems))
     model.net.load_state_dict({name: theirs[k] for name, k in names.items()})

@@ -209,7 +209,7 @@ def resume(state: dict | None, model: TransFusion, optimizer, average, folder: P
     load_state(model, state["model"], folder / "last.pt")
     optimizer.load_state_dict(state["optimizer"])
     if average:
-        average.module.load_state_dict(state["ema"])
+        load_state(average.module, state["ema"], folder / "last.pt")
         average.n_averaged.fill_(state["step"])
     return {k: state[k] for k in new_progress()}
 
@@ -469,6 +469,9 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
             suffix = f"-step{progress['step']}{suffix}"
     network_calls(model, s)
     source = load_source(s, training=False, folder=folder)
+    for note in source.notes:
+        if note.startswith("warning"):
+            print(f"  {note}")
     if not source.test:
         raise InputError(f"{source.category.root}: no test images to score")
     with locked(folder):
@@ -477,6 +480,7 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
             save_json(folder / "config.json", dataclasses.asdict(s))
             content = {**progress, "normal": normal}
             save_checkpoint(folder / "last.pt", s, model, None, None, content)
+            keep_data(folder, source)
         return write_results(folder, model, s, source, progress, normal, suffix)
 
 

@@ -112,6 +112,7 @@ def load_run(name: str, runs: str, root: str, category: str = "", training: bool
 def open_run(folder: Path, root: str, training: bool = False) -> Run:
     """A finished run of a folder."""
     model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
+    root = str(Path(root).expanduser())
     s = dataclasses.replace(s, root=root, device="cpu")
     if s.data not in FOLDERS and not Path(s.data).is_dir():       # a path from another folder
         s = dataclasses.replace(s, data=str(Path(read_json(folder / "data.json")["root"]).parent))
@@ -119,7 +120,7 @@ def open_run(folder: Path, root: str, training: bool = False) -> Run:
         demo.write(Path(root) / "demo", s.category)
     with np.load(folder / "maps.npz") as file:
         maps = {k: file[k] for k in file.files}
-    return Run(folder, model, s, load_source(s, training), maps,
+    return Run(folder, model, s, load_source(s, training, folder), maps,
                json.loads((folder / "metrics.json").read_text()))
 
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def find_runs(name: str, runs: str) -> list[Path]:
     """Finished runs of TransFusion on a data set under the default names, one a category."""
     found = []
-    for path in sorted((Path(runs) / name).glob("*/metrics.json")):
+    for path in sorted((Path(runs).expanduser() / name).glob("*/metrics.json")):
         config = {"method": "transfusion",
                   **json.loads((path.parent / "config.json").read_text())}
         if config["name"] in ("", "notebook") and config["method"] == "transfusion":

@@ -303,13 +303,13 @@ def test_wrong_checksum(tmp_path, capsys, server):
     server.offer("visa", body, sha256="0" * 64)
     found = hashlib.sha256(body).hexdigest()[:12]
     refused(tmp_path, capsys, f"wrong checksum, sha256 000000000000... expected, {found}... found")
-    assert left(tmp_path) == [".visa.lock"]
+    assert left(tmp_path) == [".visa.lock", ".visa.notes"]
 
 
 def test_a_file_longer_than_the_limit(tmp_path, capsys, server):
     server.offer("visa", tar_of(visa_files()), limit=5000)
     refused(tmp_path, capsys, "over 5000 bytes")
-    assert left(tmp_path) == [".visa.lock"]
+    assert left(tmp_path) == [".visa.lock", ".visa.notes"]
 
 
 # ---------------------------------------------------------------- interrupted, full, locked
@@ -340,7 +340,7 @@ def test_ctrl_c_and_a_full_disk_keep_the_part(tmp_path, capsys, server, monkeypa
         once.setattr(settings, "tqdm", Bar)
         got, _, lines = run("visa", "--root", tmp_path, capsys=capsys)
     assert got == status and len(lines) == 1 and re.match(line, lines[0])
-    assert left(tmp_path) == [".visa.lock", "visa.tar.part"]
+    assert left(tmp_path) == [".visa.lock", ".visa.notes", "visa.tar.part"]
     assert run("visa", "--root", tmp_path, capsys=capsys)[0] == 0
     assert left(tmp_path) == ["visa"]
 
@@ -412,7 +412,8 @@ def test_hostile_archives(tmp_path, capsys, server, form, kind):
     assert len(body) < 50_000                                       # the bomb's limit
     server.offer("visa", body, limit=50_000 if kind == "bomb" else 10**6)
     refused(root, capsys, f"evil' {match}")
-    assert left(root) == [".visa.lock", "visa.tar.part"] and left(tmp_path) == ["root"]
+    assert left(root) == [".visa.lock", ".visa.notes", "visa.tar.part"]
+    assert left(tmp_path) == ["root"]
 
 
 def test_no_rights_are_taken_from_an_archive(tmp_path, capsys, server):

@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="write how an image's time grows with size, width and calls, as CSV")
     parser.add_argument("--memory", action="store_true", help="peak memory by batch and size, too")
     flags, others = parser.parse_known_args(argv)
+    flags.json, flags.cost = (path and path.expanduser() for path in (flags.json, flags.cost))
     for path in (flags.json, flags.cost):
         if path and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.parent}")

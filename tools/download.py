@@ -4,8 +4,8 @@
     python tools/download.py --check DIR
 """
 import argparse
+import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TextIO
 
+from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
@@ -89,7 +89,8 @@ def fetch(name: str, root: Path) -> None:
     Raises InputError where it cannot be had, is not the published one or does not unpack, and
     OSError as the file system does; what was downloaded stays for the next call.
     """
-    source, target, lock = SOURCES[name], root / name, root / f".{name}.lock"
+    source, target, notes = SOURCES[name], root / name, root / f".{name}.notes"
+    lock = root / f".{name}.lock"
     part = root / (source.url.rsplit("/", 1)[-1] + ".part")
     print(source.licence)
     if is_complete(name, root):         # before the lock, as the disk may be read-only
@@ -104,7 +105,7 @@ def fetch(name: str, root: Path) -> None:
             raise InputError(f"{target} is not complete ({shortfalls(name, target)[0]}); "
                              "move it away and run this again")
         if not part.exists() or sha256(part) != source.sha256:
-            download(source, part, lock)
+            download(source, part, notes)
             found = sha256(part)
             if found != source.sha256:
                 part.unlink()
@@ -112,7 +113,9 @@ def fetch(name: str, root: Path) -> None:
                                  f"expected, {found[:12]}... found; removed. See {source.page}")
         install(name, part, root)
         part.unlink()
-        lock.unlink()
+        notes.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                  # Windows removes no open file
+            lock.unlink()
     print(f"{name} is complete in {target}")
 
 
@@ -125,14 +128,18 @@ def is_complete(name: str, root: Path) -> bool:
     return bool(found)
 
 
-def locked(path: Path) -> TextIO:
-    """An open file with an exclusive lock, which ends with the process however that ends."""
-    file = open(path, "a+")
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock on a file, which ends with the process however that ends."""
+    lock = FileLock(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except Timeout:
         raise InputError(f"another process is fetching this data set ({path}); wait for it")
-    return file
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256(path: Path) -> str:
@@ -170,7 +177,7 @@ def receive(source: Source, part: Path, notes: Path) -> None:
     ConnectionError for an answer cut short or of another file, InputError above the limit.
     """
     start = part.stat().st_size if part.exists() else 0
-    validator, _, length = notes.read_text().partition("\n")
+    validator, _, length = (notes.read_text() if notes.exists() else "").partition("\n")
     headers = {"User-Agent": "transfusion-download"}
     if start:
         headers |= {"Range": f"bytes={start}-"} | ({"If-Range": validator} if validator else {})
@@ -324,7 +331,7 @@ def check(folder: Path) -> int:
                                                             for item in found.test]
         with progress_bar(pairs, name, unit="image", leave=False) as bar:
             for image, mask in bar:
-                size, other = read_size(image, faults), read_size(mask, faults)
+                size, other = read_size(image, faults), read_size(mask, faults, is_mask=True)
                 if other and not data.read_mask(mask).any():
                     notes.append(f"{mask}: empty, so what is defective in {image.name} is not "
                                  f"scored")
@@ -338,7 +345,8 @@ def check(folder: Path) -> int:
               f"{' x '.join(spans)}")
         notes += found.notes
         wrong += [fault for fault in faults if fault not in wrong]      # a table is of them all
-    print("\n".join(["", *(f"note: {note}" for note in notes), *wrong, f"faults: {len(wrong)}" if wrong else "nothing is wrong"]))
+    print("\n".join(["", *(f"note: {note}" for note in notes), *wrong,
+                     f"faults: {len(wrong)}" if wrong else "nothing is wrong"]))
     return 1 if wrong else 0
 
 
@@ -346,14 +354,15 @@ def categories(folder: Path, depth: int) -> list[Path]:
     """The folder itself or those below it that are, or were meant to be, categories."""
     if data.is_category(folder) or (folder / "test").is_dir():
         return [folder]
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.suffix != ".part")
+    inside = [p for p in data.visible(folder) if p.is_dir() and p.suffix != ".part"]
     return [found for p in inside for found in categories(p, depth - 1)] if depth else []
 
 
-def read_size(path: Path | None, faults: list[str]) -> tuple[int, int] | None:
+def read_size(path: Path | None, faults: list[str],
+              is_mask: bool = False) -> tuple[int, int] | None:
     """Width and height of an image, decoded whole; None, and a line in faults, if that fails."""
     try:
-        return data.open_image(path).size if path else None
+        return data.open_image(path, is_mask).size if path else None
     except InputError as error:
         faults.append(str(error))
         return None
@@ -366,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 for faults, 2 for a mistake, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description="Fetch a published data set, or check a folder.")
     parser.add_argument("data", nargs="?", choices=list(SOURCES), help="data set to fetch")
-    parser.add_argument("--root", metavar="DIR", type=Path, default=data.root_folder(),
+    parser.add_argument("--root", metavar="DIR", type=data.root_folder, default=data.root_folder(),
                         help="folder to put it in (default: %(default)s)")
     parser.add_argument("--check", metavar="DIR", type=Path,
                         help="verify this folder: data sets, one data set or one category")
@@ -374,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     if (args.data is None) == (args.check is None):
         parser.error("give either a data set or --check DIR")
     try:
-        return check(args.check) if args.check else fetch(args.data, args.root) or 0
+        return check(args.check.expanduser()) if args.check else fetch(args.data, args.root) or 0
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise InputError(f"{error}" + "; free some space and run this again" * full)

@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Short trainings on many kinds of data.",
                                      epilog="Any flag of train.py, too.")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (default 2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"),
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(),
+                        default=Path("runs/sweep"),
                         help="where the table and the runs go (default runs/sweep)")
     flags, others = parser.parse_known_args(argv)
     s, _ = parse(["--preset", "cpu", "--steps", str(STEPS), "--category", "each", *others])
