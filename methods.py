@@ -19,6 +19,10 @@ and, where it has use of it (TransFusion has not):
 A method other than TransFusion says in PRESETS how each preset differs from TransFusion's, and in
 USES which of the flags that not all methods have mean something to it.
 """
+from baselines.anoddpm import AnoDDPM
+from baselines.d3ad import D3AD
+from baselines.diffad import DiffAD
+from baselines.draem import Draem
 from transfusion import TransFusion
 
 
@@ -33,7 +37,8 @@ def transfusion(s) -> TransFusion:
         raise ValueError(f"--T {s.T}: {error}")
 
 
-METHODS = {"transfusion": transfusion}
+METHODS = {"transfusion": transfusion, "draem": Draem, "anoddpm": AnoDDPM,
+           "diffad": DiffAD, "d3ad": D3AD}
 
 # Flags of all groups that are TransFusion's, and another method's only where its USES says so; so
 # are all of the group "method".

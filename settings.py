@@ -228,6 +228,13 @@ class Settings:
                                   ("eps", "beta_eps"))
     soft_consistency: bool = setting(True, "Eq. 8 on the soft mask, not the binary one", "method")
 
+    variant: str = setting("diffad", "DiffAD's: which of its supplement's", "other methods",
+                           ("diffad", "f_and_r", "c", "no_inter", "x_a_inter"))
+    omega: float = setting(0.0, "D3AD's: share of noise at the start of a restoration",
+                           "other methods")
+    guidance: float = setting(4.0, "D3AD's: how strongly a restoration is held near the image",
+                              "other methods")
+
     infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's",
                                "scoring")
     lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
