@@ -97,7 +97,8 @@ class AnoDDPM(Method):
         "paper": dict(resize=256, crop=256, rotation=0.0, channels=128, batch=2, epochs=1250,
                       lr=1e-4, lr_drop=1250, weight_decay=0.0, clip=1.0, ema=0.9999, lam=0.0,
                       kernel=13, attention_norm=True),
-        "cpu": dict(init="default", channels=32, weight_decay=0.0, lam=0.0, infer_steps=25),
+        "cpu": dict(init="default", channels=32, steps=3000, weight_decay=0.0, lam=0.0,
+                    infer_steps=25),
         "quick": dict(init="default", channels=32, steps=900, weight_decay=0.0, lam=0.0,
                       infer_steps=25),
     }

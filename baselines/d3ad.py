@@ -57,7 +57,7 @@ class D3AD(Method):
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=0.0, channels=192, batch=30, epochs=500,
                       lr=1e-4, lr_schedule="cosine", lam=0.85, kernel=13, attention_norm=True),
-        "cpu": dict(init="default", channels=64, lam=0.85, kernel=5, infer_steps=0),
+        "cpu": dict(init="default", channels=64, steps=7700, lam=0.85, kernel=5, infer_steps=0),
         "quick": dict(init="default", channels=64, steps=2250, lam=0.85, kernel=5),
     }
     USES = {"lam", "infer_steps", "omega", "guidance"}

@@ -37,7 +37,7 @@ class DiffAD(Method):
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=90.0, channels=256, batch=32, epochs=6000,
                       lr=6.4e-5, lr_schedule="cosine", lam=1.0, kernel=21, attention_norm=True),
-        "cpu": dict(init="default", channels=64, lam=1.0, infer_steps=0),
+        "cpu": dict(init="default", channels=64, steps=4800, lam=1.0, infer_steps=0),
         "quick": dict(init="default", channels=64, steps=1450, lam=1.0),
     }
     USES = {"lam", "infer_steps", "variant"}

@@ -124,7 +124,8 @@ class Draem(Method):
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=90.0, channels=128, epochs=700, lr=1e-4,
                       lr_drop=560, weight_decay=0.0, lam=1.0, kernel=21, attention_norm=True),
-        "cpu": dict(init="default", channels=32, weight_decay=0.0, lam=1.0, infer_steps=0),
+        "cpu": dict(init="default", channels=32, steps=4300, weight_decay=0.0, lam=1.0,
+                    infer_steps=0),
         "quick": dict(init="default", channels=32, batch=8, steps=680, weight_decay=0.0, lam=1.0),
     }
     USES = {"lam"}
