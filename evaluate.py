@@ -23,6 +23,7 @@ from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
 from settings import InputError, Settings, hardware, progress_bar
 from transfusion import TransFusion, anomaly_score, final_mask, forward_process
 
+PREPARED = 256          # training images, at most, that a method's `prepare` is given
 
 # ---------------------------------------------------------------- restorations and maps
 
@@ -112,6 +113,19 @@ def score(model: TransFusion, s: Settings, source: Source):
     """Restore and score the test set: metrics, image scores [N], raw maps."""
     maps = raw_maps(model, source.test, range(len(source.test)), s)
     return *score_maps(maps, source.category.labels, source.masks, s), maps
+
+
+def prepare(model: TransFusion, s: Settings, source: Source) -> dict:
+    """Show a trained model of a method that asks for it the training images once more.
+
+    Returns what the checkpoint is to hold then in place of what it holds, {} for other methods.
+    """
+    if not hasattr(model, "prepare"):
+        return {}
+    device = next(model.parameters()).device
+    model.eval()
+    model.prepare(data.scale(source.images[source.train[:PREPARED]].to(device)))
+    return {"ema" if s.ema else "model": model.state_dict()}
 
 
 def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> float:
@@ -233,7 +247,7 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
     found, scores, maps = score(model, s, source)
     found.update(against_normal(normal, s, source.category.labels, scores))
     per_epoch = steps_per_epoch(s, source)
-    found.update(data=source.category.data, category=s.category, preset=s.preset, seed=s.seed,
+    found.update(data=source.category.data, category=s.category, method=s.method, preset=s.preset, seed=s.seed,
                  step=progress["step"], epoch=math.ceil(progress["step"] / per_epoch),
                  seconds_train=round(progress["seconds"], 1),
                  seconds_per_image=seconds_per_image(model, s, source.test),

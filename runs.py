@@ -22,6 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import data
+from methods import METHODS
 from settings import NOT_COMPARED, InputError, Settings, fast_bf16
 from transfusion import Attention, ResidualBlock, ResUNet, TransFusion
 
@@ -158,15 +159,15 @@ def steps_per_epoch(s: Settings, source: Source) -> int:
 # ---------------------------------------------------------------- the model of a run
 
 def build_model(s: Settings) -> TransFusion:
-    """The model of these settings, seeded, on the CPU. Raises InputError for a T too small."""
+    """The model of these settings, seeded, on the CPU. Raises InputError for settings that it
+    cannot be built of, as a T too small."""
+    if s.method not in METHODS:
+        raise InputError(f"method {s.method}: not known here; {', '.join(METHODS)}")
     torch.manual_seed(s.seed)
     try:
-        model = TransFusion(s.channels, s.T, s.schedule, s.pe, guide=s.sim_mask,
-                            authors_schedule=s.authors_schedule, anomaly_target=s.anomaly_target,
-                            soft_consistency=s.soft_consistency, bf16=s.precision == "bf16",
-                            attention_norm=s.attention_norm, recompute=s.recompute)
+        model = METHODS[s.method](s)
     except ValueError as error:
-        raise InputError(f"--T {s.T}: {error}")
+        raise InputError(str(error))
     if s.init == "identity":
         start_from_identity(model.net)
     return model
@@ -242,9 +243,11 @@ def read_json(path: Path) -> dict:
 # ---------------------------------------------------------------- the run folder
 
 def run_folder(s: Settings) -> Path:
-    """OUT/DATA/CATEGORY[-NAME]; DATA is a data set's name or the last of a folder's."""
+    """OUT/DATA/CATEGORY[-METHOD][-NAME]; DATA is a data set's name or the last of a folder's; no
+    METHOD for the default one."""
     label = s.data if s.data in data.FOLDERS else Path(s.data).resolve().name
-    return Path(s.out) / label / (s.category + (f"-{s.name}" if s.name else ""))
+    method = "" if s.method == Settings.method else s.method
+    return Path(s.out) / label / "-".join(filter(None, (s.category, method, s.name)))
 
 
 def refuse_other_run(folder: Path, s: Settings, given: Sequence[str] = ("precision",),

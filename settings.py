@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from methods import METHODS, has_use_of, presets
+
 
 # ---------------------------------------------------------------- what every command has
 
@@ -169,6 +171,7 @@ class Settings:
                         "demo's: ./data)", "run")
     out: str = setting("runs", "where run folders go", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
+    method: str = setting("transfusion", "what is trained", "run", tuple(METHODS))
     preset: str = setting("", "settings taken together; flags override it (default: quick for the "
                           "demo, else paper on a GPU, cpu without one)", "run",
                           ("paper", "authors", "cpu", "quick"))
@@ -225,6 +228,13 @@ class Settings:
                                   ("eps", "beta_eps"))
     soft_consistency: bool = setting(True, "Eq. 8 on the soft mask, not the binary one", "method")
 
+    variant: str = setting("diffad", "DiffAD's: which of its supplement's", "other methods",
+                           ("diffad", "f_and_r", "c", "no_inter", "x_a_inter"))
+    omega: float = setting(0.0, "D3AD's: share of noise at the start of a restoration",
+                           "other methods")
+    guidance: float = setting(4.0, "D3AD's: how strongly a restoration is held near the image",
+                              "other methods")
+
     infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's",
                                "scoring")
     lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
@@ -255,15 +265,18 @@ SCORING = [f.name for f in dataclasses.fields(Settings) if f.metadata["group"] =
 
 def command_line() -> argparse.ArgumentParser:
     """The flags: a field of Settings each, and what to do with them."""
-    presets = "\n".join(f"  {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items())
-                                         or "the values above")
-                        for name, changes in PRESETS.items())
+    table = PRESETS | {f"{name}, {method}": changes for method in METHODS
+                       for name, changes in (presets(method) or {}).items()}
+    table = "\n".join(f"  {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items())
+                                       or "the values above") for name, changes in table.items())
     parser = argparse.ArgumentParser(
-        description="Train and score TransFusion.", argument_default=argparse.SUPPRESS,
-        epilog=f"presets, where they differ from these defaults:\n{presets}",
+        description="Train and score TransFusion or another method.",
+        argument_default=argparse.SUPPRESS,
+        epilog=f"presets, where they differ from these defaults (another method's: from "
+               f"TransFusion's preset of that name):\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {name: parser.add_argument_group(name)
-              for name in ("run", "training", "method", "scoring")}
+              for name in ("run", "training", "method", "scoring", "other methods")}
     for f in dataclasses.fields(Settings):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")
         shown = f"{meta['help']} (default {f.default})" if f.default != "" else meta["help"]
@@ -312,17 +325,29 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
             given["data"] = os.path.join(".", given["data"])           # ./demo is no data set
     if given.get("data", "demo") not in KNOWN_DATA:
         given.setdefault("hold_out", 0.1)                 # own parts get a threshold everywhere
-    usual = Settings(**PRESETS[preset])
+    usual = Settings(**usual_values(given.get("method", "transfusion"), preset))
     if "resize" in given and usual.crop == usual.resize:
         given.setdefault("crop", given["resize"])         # where nothing is cropped, nothing will
     if "epochs" in given:
         given.setdefault("steps", 0)                      # the flag beats a preset's steps
-    settings = Settings(**{**PRESETS[preset], **given, "preset": preset, "device": str(device)})
+    settings = dataclasses.replace(usual, **{**given, "preset": preset, "device": str(device)})
     if settings.precision == "auto":
         settings = dataclasses.replace(settings,
                                        precision="bf16" if fast_bf16(device) else "float32")
     check(settings)
+    for f in dataclasses.fields(Settings):
+        if f.name in given and not has_use_of(settings.method, f.name, f.metadata["group"]):
+            raise InputError(f"--{f.name.replace('_', '-')}: means nothing to --method "
+                             f"{settings.method}; leave it out")
     return settings, flags
+
+
+def usual_values(method: str, preset: str) -> dict:
+    """A preset's values for a method. Raises InputError for a preset that the method lacks."""
+    own = presets(method)
+    if own is not None and preset not in own:
+        raise InputError(f"--preset {preset}: --method {method} has {', '.join(own)}")
+    return {**PRESETS[preset], **(own or {}).get(preset, {}), "method": method}
 
 
 def default_preset(name: str, device: torch.device) -> str:

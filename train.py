@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import demo
 import perlin
-from evaluate import (draw_preview, in_words, network_calls, normal_scores, score,
+from evaluate import (draw_preview, in_words, network_calls, normal_scores, prepare, score,
                       synthetic_found, threshold, write_results)
 from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, keep_data,
                   load_authors_weights, load_checkpoint, load_model, load_source, load_state,
@@ -65,7 +65,7 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     if s.compile:
         model.net.compile()
     network = model if RANKS == 1 else DistributedDataParallel(
-        model, find_unused_parameters=bool(s.drop_loss))
+        model, find_unused_parameters=bool(s.drop_loss) or len(stages(model)) > 1)
     scored = average.module if average else model
     start = time.perf_counter() - progress["seconds"]
     due = False
@@ -74,11 +74,15 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     with Interruption() as interruption, progress_bar(
             total=steps, initial=progress["step"], desc=s.category, unit="step") as bar:
         while progress["step"] < steps:
-            rate = learning_rate(s, progress["step"], steps, per_epoch) / 2 ** progress["returns"]
+            model.stage, place, length = find_stage(model, progress["step"], steps)
+            if place == 0:
+                progress["usual"] = {}                     # another stage, other losses
+            rate = learning_rate(s, place, length, per_epoch) / 2 ** progress["returns"]
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = make_batch(s, source, model.last_step, progress["step"], device)
             statistics = [buffer.clone() for buffer in model.buffers()]           # BatchNorm's
+            torch.manual_seed((s.seed * 1_000_003 + progress["step"] * RANKS + RANK) % 2 ** 63)
             losses = network(*batch, drop=s.drop_loss)      # TransFusion.losses: Eq. 2-9
             optimizer.zero_grad()
             losses["loss"].backward()
@@ -144,8 +148,22 @@ def make_batch(s: Settings, source: Source, last_step: int, step: int, device: t
     return tuple(part[RANK::RANKS] for part in batch)
 
 
+def stages(model: TransFusion) -> tuple[float, ...]:
+    """Shares of the training at which its stages end (see methods.py): one, for TransFusion."""
+    return getattr(model, "STAGES", (1.0,))
+
+
+def find_stage(model: TransFusion, step: int, steps: int) -> tuple[int, int, int]:
+    """The stage that a step of a training of `steps` is in, its place there, and its length."""
+    ends = [round(share * steps) for share in stages(model)]
+    stage = sum(step >= end for end in ends[:-1])
+    start = ends[stage - 1] if stage else 0
+    return stage, step - start, ends[stage] - start
+
+
 def learning_rate(s: Settings, step: int, steps: int, per_epoch: int) -> float:
-    """The learning rate of a step: warm-up, then section 4.3's drop or a half cosine."""
+    """The learning rate of a step of `steps` in its stage: warm-up, then section 4.3's drop or a
+    half cosine."""
     rate = s.lr * min(1.0, (step + 1) / (s.warmup + 1))
     if s.lr_schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -227,10 +245,10 @@ def count_step(progress: dict, found: dict[str, float], seconds: float) -> None:
     high = not finite or known >= START and any(found[k] > n * usual[k] for k, n in FAR.items())
     progress.update(step=progress["step"] + 1, seconds=seconds,
                     high=max(0, progress["high"] + (1 if high else -1)))
-    if finite:
-        gradient = max(sums.get("gradient", 0.0), found["gradient"])
-        progress["sums"] = {k: sums.get(k, 0.0) + v for k, v in found.items()}
-        progress["sums"].update(gradient=gradient, steps=sums.get("steps", 0) + 1)
+    added = found if finite else dict.fromkeys(found, 0.0)
+    gradient = max(sums.get("gradient", 0.0), added["gradient"])
+    progress["sums"] = {k: sums.get(k, 0.0) + v for k, v in added.items()}
+    progress["sums"].update(gradient=gradient, steps=sums.get("steps", 0) + finite)
     if not high:
         known = min(known + 1, MEMORY)
         progress["usual"] = {k: (usual.get(k, 0.0) * (known - 1) + found[k]) / known for k in FAR}
@@ -265,8 +283,9 @@ def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
     """Turn the sums into a row of the log: the epoch's mean losses, its largest gradient norm and
     the number of steps skipped."""
     sums = dict(progress["sums"])
-    counted, gradient = sums.pop("steps", 0), sums.pop("gradient", math.nan)
-    means = {k: sums.get(k, math.nan) / max(counted, 1) for k in ("loss", "n", "m", "a", "c")}
+    counted = sums.pop("steps")
+    gradient = sums.pop("gradient") if counted else math.nan
+    means = {k: v / counted if counted else math.nan for k, v in sums.items()}
     done = (progress["step"] - 1) % per_epoch + 1              # the last epoch may be cut short
     progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
                             "step": progress["step"], **means, "gradient": gradient,
@@ -281,6 +300,7 @@ def score_epoch(model: TransFusion, s: Settings, source: Source, folder: Path, p
     """--eval-every: score the test set where the epoch is due."""
     epoch = progress["log"][-1]["epoch"]
     if RANK == 0 and eval_every and epoch % eval_every == 0:
+        prepare(model, s, source)
         found, *_ = score(model, s, source)
         model.train()
         progress["eval"].append({"epoch": epoch, "step": progress["step"], **found})
@@ -333,18 +353,22 @@ def announce(model: TransFusion, s: Settings, source: Source, steps: int) -> Non
 
 
 def seconds_per_step(model: TransFusion, s: Settings, source: Source) -> float:
-    """Measured on three steps of a throw-away copy, the first of them not counted."""
+    """Measured on three steps, of each stage, of a throw-away copy; the first is not counted."""
     model, device = copy.deepcopy(model), torch.device(s.device)
     optimizer = make_optimizer(model, s)
-    times = []
-    for step in range(3):
-        batch = make_batch(s, source, model.last_step, step, device)
-        model.losses(*batch, drop=s.drop_loss)["loss"].backward()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter())
-    return (times[2] - times[0]) / 2
+    seconds = begin = 0.0
+    for model.stage, end in enumerate(stages(model)):
+        times = []
+        for step in range(3):
+            batch = make_batch(s, source, model.last_step, step, device)
+            optimizer.zero_grad()
+            model.losses(*batch, drop=s.drop_loss)["loss"].backward()
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter())
+        seconds, begin = seconds + (end - begin) * (times[2] - times[0]) / 2, end
+    return seconds
 
 
 def duration(seconds: float) -> str:
@@ -403,8 +427,9 @@ def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progre
 
     Without defective ones the picture is a preview, of synthetic defects on held-out images.
     """
+    prepared = prepare(model, s, source)
     normal = normal_scores(model, s, source)
-    add_to_checkpoint(folder / "last.pt", normal=normal)
+    add_to_checkpoint(folder / "last.pt", normal=normal, **prepared)
     image = threshold(normal, s) if normal else None
     if normal:
         print(f"  {in_words(normal, image)}")
@@ -431,6 +456,8 @@ def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progre
 
 def start_model(s: Settings, weights: str) -> TransFusion:
     model = build_model(s)
+    if weights and not isinstance(model, TransFusion):
+        raise InputError(f"--weights {weights}: the authors' weights are TransFusion's")
     if weights:
         state = load_torch(Path(weights).expanduser())
         try:
@@ -475,6 +502,8 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
     if not source.test:
         raise InputError(f"{source.category.root}: no test images to score")
     with locked(folder):
+        if "normal" not in progress:
+            prepare(model, s, source)
         normal = normal_scores(model, s, source)
         if flags.weights:
             save_json(folder / "config.json", dataclasses.asdict(s))

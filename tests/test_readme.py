@@ -172,8 +172,10 @@ def test_the_lines_of_python_run(small, demo_root, tmp_path, monkeypatch, capsys
 @pytest.mark.slow
 def test_the_first_command_reaches_its_numbers(tmp_path):
     """`python train.py` as a newcomer runs it, in a folder of its own."""
-    for path in ROOT.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]:
+        copied = tmp_path / path.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_text(path.read_text())
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-2000:]

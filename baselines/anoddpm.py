@@ -1,0 +1,145 @@
+"""AnoDDPM (Wyatt et al., CVPR Workshops 2022): noise a part of the way, denoise, subtract.
+
+A DDPM of normal images, in pixels, whose noise is not Gaussian but simplex noise of several
+octaves: a corruption with large blobs, which take large defects along. At test an image is noised
+for 250 of 1000 steps and walked back; what does not come back is anomalous. No anomalies are made.
+
+The paper gives no numbers to its equations that could be checked here; they carry letters, A to F.
+The method's: A-F, T 1000, beta 1e-4 to 0.02, 250 steps, noise again at every step back, six octaves
+of persistence 0.8 from a quarter of the side on; the network (131.7 M parameters at --channels
+128), AdamW 1e-4 without decay, clip 1, an average of the weights.
+Stand-ins: each octave is a map of its own of 2-D noise where the code cuts slices through 3-D
+noise, so that octaves do not meet in one corner; four octaves below 128 px, where more would be
+finer than two pixels; t only where the restoration needs it, 1 to 250 (theirs: to 800); strided and
+transposed convolutions change the resolution; one fixed noise for every image at test, so that a
+score does not depend on the images beside it. The image score is this folder's, the maximum after
+the mean filter (the authors have none), with the error's mean over the colours.
+Cost: 250 calls of 281 GMAC an image at 256 px; the small network at 80 px, 2.2 GMAC a call, walks
+the 250 in 25 longer steps (--infer-steps). Theirs: 300 100 batches of 1, whatever the data.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines.common import Method, UNet, at, clean_estimate, even_path, noise_schedule, noised
+from transfusion import Restoration, reconstruction_error
+
+SCALE = 57.4            # gives one octave the standard deviation of the authors' noise, 0.31
+
+
+# ---------------------------------------------------------------- Eq. B: the noise
+
+def simplex_noise(u: Tensor, v: Tensor, angles: Tensor) -> Tensor:
+    """Simplex noise (Perlin 2001) at the points (u, v) of each of N maps, [N, P] in +-0.58.
+
+    u, v: [N, P], in lattice units; angles: [N, cells, cells], each lattice point's gradient, which
+    repeat.
+    """
+    cells = angles.shape[-1]
+    skew, unskew = (3 ** 0.5 - 1) / 2, (3 - 3 ** 0.5) / 6
+    i, j = (u + (u + v) * skew).floor(), (v + (u + v) * skew).floor()
+    x, y = u - i + (i + j) * unskew, v - j + (i + j) * unskew      # seen from the first corner
+    below = (x > y).float()
+    total = 0.0
+    for a, b, shift in ((0, 0, 0.0), (below, 1 - below, unskew), (1, 1, 2 * unskew)):
+        dx, dy = x - a + shift, y - b + shift
+        cell = ((i + a) % cells * cells + (j + b) % cells).long()
+        angle = angles.flatten(1).gather(1, cell)
+        near = (0.5 - dx ** 2 - dy ** 2).clamp(min=0)
+        total = total + near ** 4 * (angle.cos() * dx + angle.sin() * dy)
+    return SCALE * total
+
+
+def octave_noise(shape: tuple[int, int, int, int], octaves: int, persistence: float = 0.8,
+                 device=None, generator: torch.Generator | None = None) -> Tensor:
+    """Eq. B: sum over k = 0..K-1 of p^k n(u / (nu 2^-k)), nu a quarter of the side, [B, C, H, W].
+
+    Not of unit variance, as the authors' is not: the standard deviation is about 0.48. Random
+    numbers are drawn on the CPU.
+    """
+    B, C, H, W = shape
+    rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    total = torch.zeros(B * C, H * W, device=device)
+    for k in range(octaves):
+        cells = 8 * 2 ** k                             # more than the map has: none repeats
+        angles = 2 * math.pi * torch.rand(B * C, cells, cells, generator=generator)
+        place = cells * torch.rand(2, B * C, 1, generator=generator)
+        wavelength = H / 4 / 2 ** k
+        u, v = (axis.flatten() / wavelength + start for axis, start in zip((rows, columns), place))
+        total += persistence ** k * simplex_noise(u.to(device), v.to(device), angles.to(device))
+    return total.view(shape)
+
+
+# ---------------------------------------------------------------- Eq. A, C-F
+
+def reverse_step(x_t: Tensor, eps: Tensor, abar: Tensor, abar_prev: Tensor,
+                 noise: Tensor) -> Tensor:
+    """Eq. D, E: x_{t-1} = mean + sigma n, with beta = 1 - abar_t / abar_{t-1} and
+
+        x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps_theta, clamped to [-1, 1],
+        mean = beta sqrt(abar_{t-1}) / (1 - abar_t) x0_hat
+               + (1 - abar_{t-1}) sqrt(1 - beta) / (1 - abar_t) x_t,
+        sigma^2 = beta, 0 for the last step.
+
+    For a longer step abar_prev is that of the step gone to.
+    """
+    x_0 = clean_estimate(x_t, eps, abar).clamp(-1, 1)
+    beta = 1 - abar / abar_prev
+    mean = (beta * abar_prev.sqrt() * x_0 + (1 - abar_prev) * (1 - beta).sqrt() * x_t) / (1 - abar)
+    return mean + (beta.sqrt() * noise if abar_prev < 1 else 0.0)
+
+
+class AnoDDPM(Method):
+    last_step = 250                      # of T = 1000: the noise at test, the most in training
+    PRESETS = {
+        "paper": dict(resize=256, crop=256, rotation=0.0, channels=128, batch=2, epochs=1250,
+                      lr=1e-4, lr_drop=1250, weight_decay=0.0, clip=1.0, ema=0.9999, lam=0.0,
+                      kernel=13, attention_norm=True),
+        "cpu": dict(init="default", channels=32, steps=3000, weight_decay=0.0, lam=0.0,
+                    infer_steps=25),
+        "quick": dict(init="default", channels=32, steps=900, weight_decay=0.0, lam=0.0,
+                      infer_steps=25),
+    }
+    USES = {"infer_steps"}
+
+    def __init__(self, s):
+        super().__init__(s.precision == "bf16")
+        large = s.crop >= 128
+        widths, attention = ((1, 1, 2, 2, 4, 4), (3, 4, 5)) if large else ((1, 2, 2, 4), (2, 3))
+        if s.crop % (2 ** (len(widths) - 1)):
+            raise ValueError(f"--crop {s.crop}: must be a multiple of {2 ** (len(widths) - 1)}")
+        self.net = UNet(3, 3, s.channels, widths, 2 if large else 1, attention)
+        self.octaves = 6 if large else 4
+        self.register_buffer("abar", noise_schedule(1e-4, 0.02), False)
+
+    def losses(self, x: Tensor, eps: Tensor, M: Tensor, M_a: Tensor, t: Tensor,
+               drop: str = "") -> dict[str, Tensor]:
+        """Eq. C: mean (eps - eps_theta(x_t, t))^2, x_t by Eq. A with simplex noise.
+
+        x [B, 3, H, W], the normal images; t [B] in 1..250; the anomaly is not used.
+        """
+        noise = octave_noise(x.shape, self.octaves, device=x.device)
+        x_t = noised(x, noise, at(self.abar, t))                               # Eq. A
+        return {"loss": F.mse_loss(self.run(self.net, x_t, t), noise)}
+
+    def path(self, infer_steps: int = 0) -> list[int]:
+        """From step 250 on in infer_steps calls, 0: all 250."""
+        return even_path(self.last_step, infer_steps or self.last_step)
+
+    @torch.no_grad()
+    def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
+        """Noise x to step 250 in one jump, walk back; every map is Eq. F, the squared error."""
+        generator, path = torch.Generator().manual_seed(0), self.path(infer_steps)
+
+        def noise() -> Tensor:
+            return octave_noise((1, *x.shape[1:]), self.octaves, device=x.device,
+                                generator=generator)
+
+        x_t = noised(x, noise(), self.abar[path[0]])                           # Eq. A
+        for t, t_prev in zip(path, path[1:]):
+            found = self.run(self.net, x_t, torch.full((len(x),), t, device=x.device))
+            x_t = reverse_step(x_t, found, self.abar[t], self.abar[t_prev], noise())
+        error = reconstruction_error(x, x_t)                                   # Eq. F
+        return Restoration(x_t, error, error, error)

@@ -1,0 +1,219 @@
+"""What the methods of this folder share: their interface, a diffusion, its U-Net, a codec.
+
+Tensors are [B, C, H, W], images in [-1, 1]. As in transfusion.py t counts from T (noise) down to 0
+(the clean image), so abar_0 = 1; code that counts from 0 has our abar_t at t - 1.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfusion import Attention, Resample, TimeEmbedding, ssim
+
+
+class Method(nn.Module):
+    """The interface of methods.py. bf16: networks called through `run` are under autocast."""
+    last_step = 1000
+
+    def __init__(self, bf16: bool):
+        super().__init__()
+        self.bf16, self.stage = bf16, 0
+
+    def run(self, net, *inputs):
+        """net(*inputs); what comes out is a float32 tensor, or a list of them."""
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16):
+            found = net(*inputs)
+        return found.float() if isinstance(found, Tensor) else [part.float() for part in found]
+
+    def forward(self, *batch, **kwargs) -> dict[str, Tensor]:
+        return self.losses(*batch, **kwargs)
+
+    def path(self, infer_steps: int = 0) -> list[int]:
+        """One pass, for a method without steps. Raises ValueError for another number."""
+        if infer_steps > 1:
+            raise ValueError(f"{infer_steps} inference steps asked for, the method has one pass")
+        return [1, 0]
+
+
+def even_path(first: int, calls: int) -> list[int]:
+    """Steps from `first` to 0 in `calls` calls. Raises ValueError where there are fewer steps."""
+    if not 1 <= calls <= first:
+        raise ValueError(f"{calls} inference steps asked for, the schedule has 1 to {first}")
+    return [round(first - k * first / calls) for k in range(calls + 1)]
+
+
+# ---------------------------------------------------------------- diffusion
+
+def noise_schedule(low: float, high: float, kind: str = "linear", T: int = 1000) -> Tensor:
+    """abar_0 = 1, ..., abar_T, float32 [T + 1]: abar_t is the product over s <= t of 1 - beta_s.
+
+    beta_1 = low .. beta_T = high, evenly spaced, or for the kind "sqrt" their roots are.
+    """
+    power = {"linear": 1, "sqrt": 2}[kind]
+    beta = torch.linspace(low ** (1 / power), high ** (1 / power), T, dtype=torch.float64) ** power
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)]).float()
+
+
+def noised(x: Tensor, noise: Tensor, abar: Tensor | float) -> Tensor:
+    """sqrt(abar) x + sqrt(1 - abar) noise; abar a number or [B, 1, 1, 1]."""
+    abar = torch.as_tensor(abar)
+    return abar.sqrt() * x + (1 - abar).sqrt() * noise
+
+
+def clean_estimate(x_t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """`noised` solved for x: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
+    return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+
+def ddim_step(x_t: Tensor, x_0: Tensor, abar: Tensor, abar_prev: Tensor) -> Tensor:
+    """DDIM (Song et al. 2021) with eta 0, on the clean estimate x_0: the noise that leads from it
+    to x_t is kept, at the level abar_prev."""
+    eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
+    return noised(x_0, eps, abar_prev)
+
+
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """values[t] for steps t [B], as [B, 1, 1, 1]."""
+    return values[t][:, None, None, None]
+
+
+# ---------------------------------------------------------------- networks
+
+class ResBlock(nn.Module):
+    """GroupNorm - SiLU - conv twice, with a shortcut; the time embedding added where there is one.
+
+    Groups of four channels or more: of one each, they would take t out again.
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_time: int = 0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(math.gcd(32, c_in // 4), c_in)
+        self.norm2 = nn.GroupNorm(math.gcd(32, c_out // 4), c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.time = nn.Linear(c_time, c_out) if c_time else None
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time is not None:
+            h = h + self.time(time)[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(h))) + self.shortcut(x)
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t), the U-Net that AnoDDPM, DiffAD and D3AD all have a version of.
+
+    channels: width at full resolution, times widths[level] further down; blocks: residual blocks a
+    level (one more on the way up); attention: the levels that have it, as the middle does. What
+    comes out is 0 at first.
+    """
+
+    def __init__(self, c_in: int, c_out: int, channels: int, widths: tuple[int, ...], blocks: int,
+                 attention: tuple[int, ...]):
+        super().__init__()
+        c_time, c, skips = 4 * channels, channels, [channels]
+        self.time, self.start = TimeEmbedding(channels), nn.Conv2d(c_in, c, 3, padding=1)
+
+        def level_block(c_in: int, c_out: int, level: int) -> nn.ModuleList:
+            attend = Attention(c_out, True) if level in attention else nn.Identity()
+            return nn.ModuleList([ResBlock(c_in, c_out, c_time), attend])
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            for _ in range(blocks):
+                self.down.append(level_block(c, width * channels, level))
+                c = width * channels
+                skips.append(c)
+            if level < len(widths) - 1:
+                self.down.append(Resample(c, up=False))
+                skips.append(c)
+        self.middle = nn.ModuleList([level_block(c, c, max(attention)), ResBlock(c, c, c_time)])
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(level_block(c + skips.pop(), width * channels, level))
+                c = width * channels
+            if level:
+                self.up.append(Resample(c, up=True))
+        self.end = nn.Sequential(nn.GroupNorm(math.gcd(32, c // 4), c), nn.SiLU(),
+                                 nn.Conv2d(c, c_out, 3, padding=1))
+        nn.init.zeros_(self.end[2].weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [B, c_in, H, W], sides a multiple of 2^(levels - 1), t [B]; [B, c_out, H, W]."""
+        time = F.silu(self.time(t))
+
+        def through(layer: nn.Module, h: Tensor) -> Tensor:
+            return layer(h, time) if isinstance(layer, Resample) else layer[1](layer[0](h, time))
+
+        h = self.start(x)
+        skips = [h]
+        for layer in self.down:
+            h = through(layer, h)
+            skips.append(h)
+        h = self.middle[1](through(self.middle[0], h), time)
+        for layer in self.up:
+            h = through(layer, h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], 1))
+        return self.end(h)
+
+
+class Encoder(nn.Module):
+    """An image to the maps of its levels, each at half the side of the one before, and last the
+    mean and log variance of the latent, [B, 8, h, w]."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...]):
+        super().__init__()
+        self.start, self.levels, c = nn.Conv2d(3, channels, 3, padding=1), nn.ModuleList(), channels
+        for level, width in enumerate(widths):
+            down = nn.Conv2d(c, c, 3, stride=2, padding=1) if level else nn.Identity()
+            self.levels.append(nn.Sequential(down, ResBlock(c, width * channels)))
+            c = width * channels
+        self.end = nn.Conv2d(c, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = [self.start(x)]
+        for level in self.levels:
+            found.append(level(found[-1]))
+        return [*found[1:], self.end(F.silu(found[-1]))]
+
+
+class VAE(nn.Module):
+    """A small KL autoencoder: side / 2^(levels - 1), 4 latent channels.
+
+    `mean` and `std` of the latent are followed while it trains (`loss`), and taken out of it by
+    `encode`, so that what the diffusion sees has mean 0 and variance 1 in each channel.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...]):
+        super().__init__()
+        self.encoder = Encoder(channels, widths)
+        c = widths[-1] * channels
+        layers = [nn.Conv2d(4, c, 3, padding=1)]
+        for level, width in reversed(list(enumerate(widths))):
+            layers.append(ResBlock(c, width * channels))
+            c = width * channels
+            if level:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)]
+        self.decoder = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+        self.register_buffer("mean", torch.zeros(1, 4, 1, 1))
+        self.register_buffer("std", torch.ones(1, 4, 1, 1))
+
+    def loss(self, method: Method, x: Tensor) -> Tensor:
+        """L1 + (1 - SSIM) + 1e-6 KL to N(0, I), of x and its reconstruction from a sample."""
+        mean, log_var = method.run(self.encoder, x)[-1].clamp(-30, 20).chunk(2, 1)
+        z = mean + (log_var / 2).exp() * torch.randn_like(mean)
+        found = method.run(self.decoder, z)
+        with torch.no_grad():
+            self.mean.lerp_(mean.mean((0, 2, 3), keepdim=True), 0.05)
+            self.std.lerp_((mean - self.mean).square().mean((0, 2, 3), keepdim=True).sqrt(), 0.05)
+        kl = (mean ** 2 + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean() / 2
+        return F.l1_loss(found, x) + 1 - ssim(found, x) + 1e-6 * kl
+
+    def encode(self, method: Method, x: Tensor) -> Tensor:
+        """The posterior's mean, [B, 4, h, w], normalised; `decode` takes that."""
+        return (method.run(self.encoder, x)[-1][:, :4] - self.mean) / self.std
+
+    def decode(self, method: Method, z: Tensor) -> Tensor:
+        return method.run(self.decoder, z * self.std + self.mean)
