@@ -370,7 +370,7 @@ def check(s: Settings) -> None:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
     for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1),
                       ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1),
-                      ("clip", 0), ("seed", 0), ("weight_decay", 0)):
+                      ("clip", 0), ("seed", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")

@@ -14,7 +14,7 @@ it adapted by Eq. 10 (for neighbours the second, for the map the second and thir
 (281 M parameters theirs); the ranges that bring the two distances of Eq. 9 together are those of
 training images, theirs the whole test set's, so that one image can be scored alone; a training
 image is not its own neighbour; the mean filter in place of a Gaussian. At most 256 training images
-are kept for the neighbours. A batch shares no draws. The latent's mean, theirs a sample.
+are kept for the neighbours; the latent's mean is taken, theirs is a sample.
 Cost: 668 GMAC an image at 256 px.
 """
 import copy
