@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import data
-from methods import METHODS
+from baselines import METHODS
 from settings import NOT_COMPARED, InputError, Settings, fast_bf16
 from transfusion import Attention, ResidualBlock, ResUNet, TransFusion
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from methods import METHODS, has_use_of, presets
+from baselines import METHODS, has_use_of, presets
 
 
 # ---------------------------------------------------------------- what every command has

@@ -149,7 +149,7 @@ def make_batch(s: Settings, source: Source, last_step: int, step: int, device: t
 
 
 def stages(model: TransFusion) -> tuple[float, ...]:
-    """Shares of the training at which its stages end (see methods.py): one, for TransFusion."""
+    """Shares of the training at which its stages end (see baselines): one, for TransFusion."""
     return getattr(model, "STAGES", (1.0,))
 
 

@@ -13,7 +13,7 @@ from transfusion import Attention, Resample, TimeEmbedding, ssim
 
 
 class Method(nn.Module):
-    """The interface of methods.py. bf16: networks called through `run` are under autocast."""
+    """The interface of `baselines`. bf16: networks called through `run` are under autocast."""
     last_step = 1000
 
     def __init__(self, bf16: bool):

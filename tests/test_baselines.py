@@ -16,7 +16,7 @@ import settings
 import train
 from baselines import anoddpm, common, d3ad, diffad, draem
 from evaluate import final_maps, image_scores
-from methods import METHODS, presets
+from baselines import METHODS, presets
 
 OTHERS = [name for name in METHODS if presets(name) is not None]
 TINY = ["--preset", "quick", "--category", "fabric", "--crop", "32", "--resize", "32", "--channels",
@@ -29,7 +29,7 @@ def tiny(method: str, *argv: str):
     return runs.build_model(s).eval(), s
 
 
-# ---------------------------------------------------------------- what methods.py promises
+# ---------------------------------------------------------------- what baselines promises
 
 def test_a_run_of_another_method_has_a_folder_of_its_own():
     s = settings.Settings(category="fabric")
