@@ -209,7 +209,8 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
                 masks[stem] = mask
             elif place.parent in stems:
                 faults.append(f"{mask.parent}: a folder of several masks for an image, as in MVTec "
-                              f"LOCO, which is not read; one mask an image, {place.parent}_mask.png")
+                              f"LOCO, which is not read; one mask an image, "
+                               f"{place.parent}_mask.png")
             else:
                 alone.append(f"{mask}: a mask without its image")
         for image in images:
@@ -339,7 +340,7 @@ def sixteen_bits(image: Image.Image, tags) -> Image.Image:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of an image, upright; decoded only where it is a TIFF, which turns itself."""
+    """Width and height of an image, upright; only a TIFF, which turns itself, is decoded."""
     with Image.open(path) as image:
         if image.format == "TIFF":
             return ImageOps.exif_transpose(image).size
@@ -434,7 +435,8 @@ class Images(Sequence):
         self.bytes = len(paths) * 3 * crop * crop
         self.in_memory = self.bytes <= limit
         self.cache = np.empty((len(paths), 3, crop, crop), np.uint8) if self.in_memory else None
-        with progress_bar(paths, desc=title, unit="image", leave=False, disable=not progress) as bar:
+        with progress_bar(paths, desc=title, unit="image", leave=False,
+                          disable=not progress) as bar:
             for k, path in enumerate(bar):
                 image = load_image(path, resize, crop)             # all are looked at before use
                 if self.in_memory:
@@ -522,7 +524,8 @@ def foreground_masks(images: Images, category: Category, mode: str = "auto",
     if mode != "auto":
         return given_foreground(images, category, Path(mode))
     masks, unsure = whole.clone(), 0
-    for k in progress_bar(range(N), desc="foreground", unit="image", leave=False, disable=not progress):
+    for k in progress_bar(range(N), desc="foreground", unit="image", leave=False,
+                          disable=not progress):
         found = find_foreground(images[[k]][0].numpy())
         unsure += found is None
         if found is not None:

@@ -40,8 +40,8 @@ SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
 SIDE = 2048                             # the longest side of a picture, in pixels
 PICTURES = ("heatmaps", "restored", "maps")
-TAKEN = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] of uint8 "
-         "or uint16, or a list of these")
+TAKEN = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] of "
+         "uint8 or uint16, or a list of these")
 
 
 # ---------------------------------------------------------------- from Python
@@ -369,9 +369,10 @@ def save_image(path: Path, picture: Image.Image) -> None:
 
 # ---------------------------------------------------------------- the page
 
-STYLE = """body{font:15px/1.4 sans-serif;margin:2em;color:#222}figure{display:flex;gap:1em;margin:0 0
-1.2em;align-items:flex-start}.p{position:relative;flex:none;width:260px}.p img{width:100%;height:auto;
-display:block;background:#eee}.b{position:absolute;border:2px solid #0cf;box-sizing:border-box}
+STYLE = """body{font:15px/1.4 sans-serif;margin:2em;color:#222}
+figure{display:flex;gap:1em;margin:0 0 1.2em;align-items:flex-start}
+.p{position:relative;flex:none;width:260px}
+.p img{width:100%;height:auto;display:block;background:#eee}.b{position:absolute;border:2px solid #0cf;box-sizing:border-box}
 hr{border:0;border-top:3px solid #c00;margin:2em 0 .3em}figcaption{overflow-wrap:anywhere}"""
 
 

@@ -50,7 +50,7 @@ class Source:
 def load_source(s: Settings, training: bool = True, folder: Path | None = None) -> Source:
     """Read and check everything a run needs, before anything is trained. Raises InputError.
 
-    folder: of a run that has begun, whose images for training and held-out ones stay what they were.
+    folder: of a run that has begun, whose images for training and held out stay what they were.
     """
     root = data.root_folder(s.root)
     category, kept = data.find_category(s.data, s.category, root), {}
@@ -61,8 +61,8 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
         wanted = (kept["train"] if training else []) + kept["held_out"]
         gone = [name for name in wanted if name not in names]
         if gone:
-            raise InputError(f"{category.root / gone[0]}: gone (and {len(gone) - 1} more), but this "
-                             f"run was begun with it; put it back, or give another --name")
+            raise InputError(f"{category.root / gone[0]}: gone (and {len(gone) - 1} more), but "
+                             f"this run was begun with it; put it back, or give another --name")
         every = {*kept["train"], *kept["held_out"]}
         changes = [f"warning: {len(set(names) - every)} normal images were added since this run "
                    f"began: not used"] if set(names) - every else []
@@ -105,8 +105,8 @@ def truth_kept(items: list[data.Item], masks: np.ndarray) -> list[str]:
     outside = sum(bool(whole.any()) and not mask.any() for _, whole, mask in there)
     regions = [sum(ndimage.label(part, np.ones((3, 3)))[1] for part in parts)
                for parts in ([whole for _, whole, _ in there], [mask for *_, mask in there])]
-    notes = [f"ground truth: {regions[0]} regions in {len(there)} masks, {regions[1]} where they are "
-             f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
+    notes = [f"ground truth: {regions[0]} regions in {len(there)} masks, {regions[1]} where they "
+             f"are scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
     if empty:
         notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
                      f"scored: {', '.join(map(str, empty[:9]))}")
@@ -254,8 +254,8 @@ def refuse_other_run(folder: Path, s: Settings, given: Sequence[str] = ("precisi
                      longer: bool = False) -> None:
     """Raise InputError if the folder holds a run with other settings than these.
 
-    given: the flags of the command line; a precision that was not asked for is not compared. longer:
-    neither is the length. Where a run's data lies is `refuse_other_data`'s.
+    given: the flags of the command line; a precision that was not asked for is not compared.
+    longer: neither is the length. Where a run's data lies is `refuse_other_data`'s.
     """
     if not (folder / "config.json").exists():
         return

@@ -212,8 +212,8 @@ class Settings:
     recompute: bool = setting(False, "less memory in training, for a third more time", "training")
     compile: bool = setting(False, "compile the network: minutes to start, a tenth faster after "
                             "that on a CPU", "training")
-    hold_out: float = setting(0.0, "share of normal images kept for the threshold (a folder of your "
-                              "own: 0.1)", "training")
+    hold_out: float = setting(0.0, "share of normal images kept for the threshold (a folder of "
+                              "your own: 0.1)", "training")
     checkpoint_every: int = setting(1000, "steps between checkpoints", "training")
 
     T: int = setting(20, "steps of the transparency process", "method")

@@ -407,8 +407,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     network_calls(model, s)                                # refused now, not after the training
     source = load_source(s, folder=folder)
     if state and (s.steps or s.epochs * steps_per_epoch(s, source)) < state["step"]:
-        raise InputError(f"{folder} is {state['step']} steps long already; --resume goes on only to "
-                         f"more")
+        raise InputError(f"{folder} is {state['step']} steps long already; --resume goes on only "
+                         f"to more")
     if flags.eval_every and not source.test:
         raise InputError(f"--eval-every {flags.eval_every}: {source.category.root} has no test "
                          f"images to score")
