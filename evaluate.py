@@ -248,7 +248,8 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
     found.update(against_normal(normal, s, source.category.labels, scores))
     per_epoch = steps_per_epoch(s, source)
     found.update(data=source.category.data, category=s.category, method=s.method,
-                 preset=s.preset, seed=s.seed, step=progress["step"], epoch=math.ceil(progress["step"] / per_epoch),
+                 preset=s.preset, seed=s.seed, step=progress["step"],
+                 epoch=math.ceil(progress["step"] / per_epoch),
                  seconds_train=round(progress["seconds"], 1),
                  seconds_per_image=seconds_per_image(model, s, source.test),
                  infer_steps=network_calls(model, s), precision=s.precision,

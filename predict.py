@@ -372,7 +372,8 @@ def save_image(path: Path, picture: Image.Image) -> None:
 STYLE = """body{font:15px/1.4 sans-serif;margin:2em;color:#222}
 figure{display:flex;gap:1em;margin:0 0 1.2em;align-items:flex-start}
 .p{position:relative;flex:none;width:260px}
-.p img{width:100%;height:auto;display:block;background:#eee}.b{position:absolute;border:2px solid #0cf;box-sizing:border-box}
+.p img{width:100%;height:auto;display:block;background:#eee}
+.b{position:absolute;border:2px solid #0cf;box-sizing:border-box}
 hr{border:0;border-top:3px solid #c00;margin:2em 0 .3em}figcaption{overflow-wrap:anywhere}"""
 
 
