@@ -98,7 +98,7 @@ def test_run_folder(small):
     found = json.loads((folder / "metrics.json").read_text())
     for name in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_ap", "image_f1max"):
         assert 0 <= found[name] <= 1, name
-    assert found["step"] == 300 and found["infer_steps"] == 3 and found["threshold_images"] == 8
+    assert found["step"] == 400 and found["infer_steps"] == 3 and found["threshold_images"] == 8
     assert found["seconds_train"] > 0 and found["seconds_per_image"] > 0 and found["seed"] == 0
     with Image.open(folder / "qualitative.png") as picture:
         assert picture.width >= 700 and picture.height > picture.width
@@ -107,7 +107,7 @@ def test_run_folder(small):
 def test_the_log_has_a_row_an_epoch_and_the_losses_fall(small):
     with open(small[0] / "log.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["epoch"]) for row in rows] == list(range(1, 18))  # 300 steps, 18 an epoch
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 24))  # 400 steps, 18 an epoch
     assert list(rows[0]) == ["epoch", "step", "loss", "n", "m", "a", "c", "gradient", "skipped",
                              "lr", "seconds"]
     for row in rows:
