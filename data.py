@@ -110,6 +110,10 @@ def list_categories(data: str, root: Path) -> list[str]:
             f"it lies with --root DIR")
     if not data_folders(data, root):
         raise InputError(f"--data {data}: neither a data set ({', '.join(FOLDERS)}) nor a folder")
+    folder = Path(os.path.abspath(data))
+    if (folder / "train").is_dir():
+        raise InputError(f"{data} is itself a category; say --data {folder.parent} --category "
+                         f"{folder.name}")
     raise InputError(f"{data}: no category in it; each is a folder CATEGORY/train/good of images")
 
 
@@ -582,7 +586,8 @@ class Textures:
         else:
             self.cache = dict(enumerate(embedded_textures(size)))
             self.count = len(self.cache)
-            self.source = f"{self.count} embedded images (no DTD at {root / 'dtd' / 'images'})"
+            self.source = (f"{self.count} embedded images (DTD, which is optional, is not at "
+                           f"{root / 'dtd' / 'images'})")
 
     def draw(self, n: int, rng: np.random.Generator) -> Tensor:
         """n textures, uint8 [n, 3, size, size]."""

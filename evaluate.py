@@ -209,7 +209,8 @@ def in_words(normal: dict, image: metrics.Threshold) -> str:
             f"about {100 * image.rate:.0f} will be called defective ({100 * image.low:.0f} to "
             f"{100 * image.high:.0f} is plausible)"
             + ("" if found is None else
-               f"; it finds {100 * found:.0f} of 100 faint synthetic defects"))
+               f"; of {len(normal['synthetic'])} faint synthetic defects painted on the held-out images "
+               f"{round(found * len(normal['synthetic']))} are found"))
 
 
 def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
@@ -309,7 +310,7 @@ def draw_preview(file, model: TransFusion, s: Settings, source: Source) -> None:
     made, M = synthetic_defects(source)
     draw_rows(file, model, s, torch.cat([made[:count], source.images[source.held_out[:count]]]),
               ["synthetic\ndefect"] * count + ["held-out\nnormal"] * count,
-              [*M[:count, 0].numpy(), *[None] * count])
+              [*M[:count, 0].numpy(), *np.zeros_like(M[:count, 0])])
 
 
 def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list[str],

@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import glob
 import html
+import math
 import os
 import sys
 import warnings
@@ -46,7 +47,7 @@ TAKEN = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or
 
 # ---------------------------------------------------------------- from Python
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What the model finds in one image.
 
@@ -61,6 +62,10 @@ class Inspection:
     M_final: np.ndarray
     restored: np.ndarray
     threshold: float | None
+
+    def __repr__(self) -> str:
+        return (f"Inspection(score {self.score:.4f}, {self.verdict or 'no verdict'}, "
+                f"{len(self.regions)} regions)")
 
     @property
     def verdict(self) -> str:
@@ -330,7 +335,11 @@ def remove_old(out: Path) -> None:
 
 
 def calibrate(model: Inspector, run: Path, flags) -> Inspector:
-    """--calibrate: take the threshold of a trained model from photos of good parts, and keep it."""
+    """--calibrate: take the threshold of a trained model from photos of good parts, and keep it.
+
+    They count as held-out images. The images that gave the former threshold count with those of
+    the training: a few photos alone would bound the false alarms worse than these did.
+    """
     files, notes = find_images(flags.calibrate, Path(flags.out or "."))
     for note in notes:
         print(f"note: {note}")
@@ -342,11 +351,19 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     normal = normal_scores(model.model, s, Source(
         category, photos, np.array([], int), np.arange(len(files)), foreground,
         data.Textures(root, s.crop), [], None, []))
+    if model.normal and model.normal["infer_steps"] == normal["infer_steps"]:
+        normal["trained"] = model.normal["images"] + model.normal.get("trained", [])
     path = run / "last.pt" if run.is_dir() else run
     with locked(path.parent):
         add_to_checkpoint(path, normal=normal)
-    print(f"{path} has its threshold from {len(files)} photos now")
-    return Inspector(model.model, s, normal)
+    found = Inspector(model.model, s, normal)
+    print(f"{path}: " + (f"threshold {model.threshold.value:.4f} before, " if model.threshold else
+                         "no threshold before, ") + f"{found.threshold.value:.4f} now")
+    needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
+    if len(files) + len(normal["trained"]) < needed:
+        print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
+              f"{needed} can")
+    return found
 
 
 def say_threshold(model: Inspector, run: str) -> None:
@@ -424,7 +441,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", help="a run folder, or a checkpoint")
     parser.add_argument("images", metavar="IMAGES", nargs="*",
                         help="files, folders (searched through) or globs")
-    parser.add_argument("--out", help="folder to write to")
+    parser.add_argument("--out", help="folder to write to; needed with IMAGES; the pictures of an "
+                        "earlier call there are removed")
     parser.add_argument("--calibrate", metavar="GOOD_PHOTOS", nargs="+",
                         help="take the run's threshold from these photos of good parts, which no "
                         "training has seen, and keep it")

@@ -355,7 +355,7 @@ def default_preset(name: str, device: torch.device) -> str:
         return "quick"
     if device.type == "cuda":
         return "paper"
-    print("no GPU: taking the cpu preset (--preset paper insists)")
+    print("no GPU: taking the cpu preset (--preset paper takes the paper's)")
     return "cpu"
 
 

@@ -573,7 +573,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             print(f"error: {error}", file=sys.stderr)
             failed.append(one.category)
-    print_table(rows)
+    if any("image_auroc" in row for row in rows):
+        print_table(rows)
     print("\nresults are in " + ", ".join(str(run_folder(dataclasses.replace(s, category=name)))
                                           for name in names if name not in failed))
     if failed:

@@ -223,11 +223,17 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
     runs.save_checkpoint(model, s, runs.build_model(s), None, None, {"normal": None})
     assert predict.load(model).inspect(str(next(photos.rglob("*.png")))).verdict == ""
     assert predict.main([str(model), "--calibrate", str(photos)]) == 0
-    assert "from 8 held-out images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "from 8 held-out images" in said and "no threshold before" in said
+    assert "8 photos cannot promise 5 % false alarms, 19 can" in said
     scores = [predict.load(model).inspect(file).score for file in photos.rglob("*.png")]
     assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
     assert predict.main([str(model), str(photos), "--out", str(tmp_path / "o")]) == 0
     assert {row["verdict"] for row in rows_of(tmp_path / "o" / "scores.csv")} == {"normal"}
+    one = str(min(photos.rglob("*.png"), key=lambda file: predict.load(model).inspect(file).score))
+    assert predict.main([str(model), "--calibrate", one]) == 0            # one photo adds to the eight
+    assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
+    assert "Inspection(score" in repr(predict.load(model).inspect(one))
 
 
 @pytest.mark.parametrize("change, expected", [
