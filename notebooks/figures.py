@@ -250,8 +250,8 @@ def layers(net: ResUNet, side: int) -> list[Layer]:
 
 
 def draw_network(found: list[Layer]) -> None:
-    """The network from left to right, a row a resolution: each layer's channels in its box, the
-    skip connections as lines from the way down to the way up."""
+    """The network from left to right, a row a resolution: each layer's channels in its box, black
+    lines from layer to layer, grey ones for the skip connections from the way down to the way up."""
     _, axis = plt.subplots(figsize=(12, 4.6))
     sizes = sorted({layer.shape[1] for layer in found}, reverse=True)
     trunk = [layer for layer in found if layer.kind != "head"]
@@ -275,7 +275,12 @@ def draw_network(found: list[Layer]) -> None:
             height = y + 0.8 + 0.14 * lines[level]
             axis.plot([start[0] + 0.43, start[0] + 0.43, x + 0.43, x + 0.43],
                       [y + 0.8, height, height, y + 0.8], color="grey", linewidth=0.8)
+    corners = list(places.values())
+    for (x, y), (x_next, y_next) in zip(corners, corners[1:]):
+        axis.plot([x + 0.86, x_next], [y + 0.4, y_next + 0.4], color="black", linewidth=0.8)
     for k, layer in enumerate(heads):
+        axis.plot([corners[-1][0] + 0.86, len(trunk) + 0.8], [corners[-1][1] + 0.4, 1.4 - k],
+                  color="black", linewidth=0.8)
         out = {"anomaly_head": r"$\epsilon_t$", "normal_head": "$n_t$", "mask_head": "logit $M_t$"}
         box(len(trunk) + 0.8, 1.0 - k, layer, f"{out[layer.name]}: {layer.shape[0]}", 2.6)
     for level, size in enumerate(sizes):
