@@ -203,7 +203,7 @@ def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, c
         limits.append(float(rows_of(out / "scores.csv")[0]["threshold"]))
     assert limits[0] > limits[1]
     promised = re.findall("of 100 good parts like these about ([0-9]+)", capsys.readouterr().out)
-    assert promised[0] in ("1", "11") and promised[1] == "49"     # 11 where the held-out ones rule
+    assert promised[0] in ("1", "11") and promised[1] in ("49", "44")  # the held-out ones
 
 
 def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_path, capsys):
