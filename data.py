@@ -214,7 +214,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
             elif place.parent in stems:
                 faults.append(f"{mask.parent}: a folder of several masks for an image, as in MVTec "
                               f"LOCO, which is not read; one mask an image, "
-                               f"{place.parent}_mask.png")
+                              f"{place.parent}_mask.png")
             else:
                 alone.append(f"{mask}: a mask without its image")
         for image in images:

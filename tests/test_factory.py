@@ -36,7 +36,7 @@ from settings import InputError, Settings, exit_status, parse
 from test_data import mvtec_tree, picture, png
 from test_predict import rows_of
 from test_runs import authors_state
-from test_train import argv_for, contents, refused, write_parts
+from test_train import argv_for, contents, refused, trained  # noqa: F401
 
 T = Image.Transpose
 APPLE = bytes.fromhex("00051607000200004d6163204f5320582020202020202020") + bytes(80)
@@ -50,17 +50,8 @@ def no_picture(request, monkeypatch):
         monkeypatch.setattr(evaluate, "draw_rows", lambda *_: None)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with parts/bolt and a run of it, which no test changes."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_parts(folder)
-    assert train.main(argv_for(folder / "parts")) == 0
-    return folder
-
-
 @pytest.fixture
-def factory(trained, tmp_path) -> Path:
+def factory(trained, tmp_path) -> Path:  # noqa: F811
     """A copy of `trained`, as if the run had been made there."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "runs/parts/bolt/data.json"
