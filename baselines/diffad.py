@@ -12,7 +12,9 @@ Stand-ins: the autoencoder learns by L1 + SSIM + KL, without LPIPS (pretrained) 
 and is a smaller one, of an eighth of the side (below 128 px a quarter); the posterior's mean, taken
 to variance 1; one --lr, --batch and schedule for the three, shares of the steps in STAGES; five
 DDIM steps in the segmenter's training (theirs 50; 10 lose half a point); the steps end at t = 0,
-theirs one short of it; one noise x_T for every image; the anomalies and the filter as in draem.py.
+theirs one short of it; one noise x_T for every image; the anomalies and the filter as in draem.py;
+the clean estimates of a generation are cut at LIMIT: near t = 1000 an error of eps_theta counts 15
+times in them, and few training steps leave errors (restorations were far too bright).
 Variants of the supplement, --variant: f_and_r generates without condition, from the image's own
 latent noised to t = 800; c has a clean condition; no_inter no third image (nor have the first two);
 x_a_inter has the image's own decoded latent in its place.
@@ -29,6 +31,7 @@ from transfusion import Restoration, reconstruction_error
 
 VARIANTS = ("diffad", "f_and_r", "c", "no_inter", "x_a_inter")
 FROM = 800                              # the step that f_and_r starts at
+LIMIT = 2.0                             # in standard deviations of the latents
 CALLS = {True: 5, False: 10}            # in training, and at test unless --infer-steps is given
 
 
@@ -82,7 +85,7 @@ class DiffAD(Method):
         z_t = x_T.expand_as(c) if self.steered else noised(c, x_T, self.abar[path[0]])
         for t, t_prev in zip(path, path[1:]):
             eps = self.predict(z_t, torch.full((len(c),), t, device=c.device), c)
-            z_0 = clean_estimate(z_t, eps, self.abar[t])
+            z_0 = clean_estimate(z_t, eps, self.abar[t]).clamp(-LIMIT, LIMIT)
             z_t = ddim_step(z_t, z_0, self.abar[t], self.abar[t_prev])
         return z_t
 
