@@ -234,6 +234,8 @@ class Settings:
                            "other methods")
     guidance: float = setting(4.0, "D3AD's: how strongly a restoration is held near the image",
                               "other methods")
+    resnet34: str = setting("", "D3AD's: a file of torchvision's ResNet-34 weights, for its features",
+                            "other methods")
 
     infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's",
                                "scoring")
@@ -316,7 +318,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     preset = given.get("preset") or default_preset(given.get("data", "demo"), device)
     if given.get("data", "demo") == "demo":
         given.setdefault("category", "fabric")
-    for name in {"data", "root", "out", "foreground"} & set(given):
+    for name in {"data", "root", "out", "foreground", "resnet34"} & set(given):
         given[name] = os.path.expanduser(given[name])
     if "data" in given:
         a_path = os.path.dirname(given["data"]) or given["data"].startswith(".")
@@ -335,6 +337,9 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         settings = dataclasses.replace(settings,
                                        precision="bf16" if fast_bf16(device) else "float32")
     check(settings)
+    if settings.resnet34 and not os.path.isfile(settings.resnet34):
+        raise InputError(f"--resnet34 {settings.resnet34}: no such file; torchvision keeps what it "
+                         "downloads in ~/.cache/torch/hub/checkpoints")
     for f in dataclasses.fields(Settings):
         if f.name in given and not has_use_of(settings.method, f.name, f.metadata["group"]):
             raise InputError(f"--{f.name.replace('_', '-')}: means nothing to --method "

@@ -1,13 +1,17 @@
-"""What the methods of this folder share: their interface, a diffusion, its U-Net, a codec.
+"""What the methods of this folder share: their interface, a diffusion, its U-Net, two encoders.
 
 Tensors are [B, C, H, W], images in [-1, 1]. As in transfusion.py t counts from T (noise) down to 0
 (the clean image), so abar_0 = 1; code that counts from 0 has our abar_t at t - 1.
 """
 import math
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet34
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from transfusion import Attention, Resample, TimeEmbedding, ssim
 
@@ -217,3 +221,15 @@ class VAE(nn.Module):
 
     def decode(self, method: Method, z: Tensor) -> Tensor:
         return method.run(self.decoder, z * self.std + self.mean)
+
+
+def resnet(weights: str) -> nn.Module:
+    """torchvision's ResNet-34, giving its layers 1, 2 and 3; with the weights of a file that is
+    there. Raises ValueError for a file of other content."""
+    net = resnet34()
+    try:
+        if Path(weights).is_file():
+            net.load_state_dict(torch.load(weights, weights_only=True))
+    except (RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError):
+        raise ValueError(f"--resnet34 {weights}: not the weights of torchvision's resnet34")
+    return create_feature_extractor(net, ["layer1", "layer2", "layer3"])

@@ -9,9 +9,9 @@ The paper's: Eq. 6-10, Algorithms 1 and 2, Eq. 12 of the supplement (--omega; 0 
 1000, beta .0015 to .0195, T_max 80, ten bins, at least the second, ten steps, guidance 4, K 20,
 lambda 0.85 (--lam), AdamW 1e-4; the code's rounding of T' to tens.
 Stand-ins: no Stable Diffusion autoencoder: a small one of this category's images, undamaged and
-damaged, which keeps defects, as theirs does; no ResNet-34: three levels of that encoder, a copy of
-it adapted by Eq. 10 (for neighbours the second, for the map the second and third); a smaller U-Net
-(281 M parameters theirs); the ranges that bring the two distances of Eq. 9 together are those of
+damaged, which keeps defects, as theirs does; no ResNet-34, unless --resnet34 names its weights: three
+levels of that encoder, a copy of it adapted by Eq. 10 (for neighbours the second, for the map the
+second and third); a smaller U-Net (281 M parameters theirs); the ranges that bring the two distances of Eq. 9 together are those of
 training images, theirs the whole test set's, so that one image can be scored alone; a training
 image is not its own neighbour; the mean filter in place of a Gaussian. At most 256 training images
 are kept for the neighbours; the latent's mean is taken, theirs is a sample.
@@ -22,9 +22,10 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import normalize
 
 from baselines.common import (VAE, Method, UNet, at, clean_estimate, ddim_step, even_path,
-                              noise_schedule, noised)
+                              noise_schedule, noised, resnet)
 from baselines.draem import damaged_image, opacity
 from transfusion import Restoration
 
@@ -60,21 +61,22 @@ class D3AD(Method):
         "cpu": dict(init="default", channels=64, steps=7700, lam=0.85, kernel=5, infer_steps=0),
         "quick": dict(init="default", channels=64, steps=2250, lam=0.85, kernel=5),
     }
-    USES = {"lam", "infer_steps", "omega", "guidance"}
+    USES = {"lam", "infer_steps", "omega", "guidance", "resnet34"}
 
     def __init__(self, s):
         super().__init__(s.precision == "bf16")
         large = s.crop >= 128
         if large and s.crop % 32:
             raise ValueError(f"--crop {s.crop}: must be a multiple of 32")
-        self.omega, self.guidance = s.omega, s.guidance
+        self.omega, self.guidance, self.resnet34 = s.omega, s.guidance, s.resnet34
         self.vae = VAE(s.channels // 2, (1, 2, 4, 4) if large else (1, 2, 2))
-        self.phi = copy.deepcopy(self.vae.encoder)             # adapted by `prepare`
+        self.phi = resnet(s.resnet34) if s.resnet34 else copy.deepcopy(self.vae.encoder)
+        width = 128 if s.resnet34 else s.channels                           # of its second level
         widths, attention = ((1, 2, 4), (0, 1, 2)) if large else ((1, 2), (0, 1))
         self.net = UNet(4, 4, s.channels, widths, 2 if large else 1, attention)
         self.register_buffer("abar", noise_schedule(0.0015, 0.0195), False)
         side = s.crop // (8 if large else 4)
-        for name, shape in (("noise", (1, 4, side, side)), ("bank", (KEPT, s.channels * POOL ** 2)),
+        for name, shape in (("noise", (1, 4, side, side)), ("bank", (KEPT, width * POOL ** 2)),
                             ("count", ()), ("distances", (2,)), ("ranges", (2, 2))):
             self.register_buffer(name, torch.zeros(shape))
         self.noise.normal_()
@@ -120,7 +122,10 @@ class D3AD(Method):
     # ------------------------------------------------------------ Algorithm 2: how many steps
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The encoder's first three levels, [B, C, h, w] each."""
+        """The first three levels of phi, [B, C, h, w] each."""
+        if self.resnet34:
+            x = normalize((x + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            return self.run(lambda x: list(self.phi(x).values()), x)
         return self.run(self.phi, x)[:3]
 
     def distance(self, features: Tensor, itself: int = 0) -> Tensor:
@@ -154,10 +159,11 @@ class D3AD(Method):
                    for a, b in zip(self.features(x), self.features(x_0)))
 
     def prepare(self, images: Tensor) -> None:
-        """One epoch of Eq. 10 on a copy of the encoder; then the neighbours, the distances' range,
+        """One epoch of Eq. 10 on phi as it was before it; then the neighbours, the distances' range,
         and the two ranges of Eq. 9, all from training images [N, 3, H, W]."""
         images, rng = images[:KEPT], torch.Generator().manual_seed(0)
-        self.phi.load_state_dict(self.vae.encoder.state_dict())
+        before = resnet(self.resnet34) if self.resnet34 else self.vae.encoder
+        self.phi.load_state_dict(before.state_dict())
         optimizer = torch.optim.AdamW(self.phi.parameters(), 1e-4)
         for x in images.split(8):
             T = level(torch.randint(1, BINS + 1, (1,), generator=rng), torch.zeros(1),

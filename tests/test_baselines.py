@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 import predict
@@ -475,6 +476,39 @@ def test_d3ad_ranges_and_neighbours_come_from_training_images():
         torch.testing.assert_close(map_, (part - low) / (high - low))
     other = torch.cat([images[:1], torch.rand(1, 3, 32, 32)])
     torch.testing.assert_close(model.restore(other).M_disc[0], model.restore(images[:1]).M_disc[0])
+
+
+def test_d3ad_features_of_a_resnet(tmp_path):
+    """Those of torchvision's own forward, in train.py from a file, later from the checkpoint."""
+    file = tmp_path / "resnet34.pth"
+    missing = ["--method", "d3ad", "--resnet34", str(file)]
+    with pytest.raises(settings.InputError, match="no such file"):
+        settings.parse(missing)
+    torch.manual_seed(1)
+    net = torchvision.models.resnet34().eval()
+    torch.save(net.state_dict(), file)
+    model, s = tiny("d3ad", "--resnet34", str(file))
+    x, seen = torch.rand(12, 3, 32, 32) * 2 - 1, []
+    for layer in (net.layer1, net.layer2, net.layer3):
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225)))
+    net((x / 2 + 0.5 - mean) / std)
+    for found, wanted in zip(model.features(x), seen, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+    first = net.state_dict()["conv1.weight"]
+    model.prepare(x)
+    adapted = model.phi.state_dict()["conv1.weight"].clone()
+    assert not torch.equal(adapted, first)
+    model.prepare(x)                                       # from the file again, not further
+    torch.testing.assert_close(model.phi.state_dict()["conv1.weight"], adapted)
+    file.unlink()
+    other = runs.build_model(s).eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.restore(x[:2]).M_recon, model.restore(x[:2]).M_recon)
+    torch.save({"conv1.weight": first}, file)
+    with pytest.raises(settings.InputError, match="not the weights of torchvision's resnet34"):
+        runs.build_model(s)
 
 
 # ---------------------------------------------------------------- all, through the loop
