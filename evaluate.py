@@ -209,8 +209,8 @@ def in_words(normal: dict, image: metrics.Threshold) -> str:
             f"about {100 * image.rate:.0f} will be called defective ({100 * image.low:.0f} to "
             f"{100 * image.high:.0f} is plausible)"
             + ("" if found is None else
-               f"; of {len(normal['synthetic'])} faint synthetic defects painted on the held-out images "
-               f"{round(found * len(normal['synthetic']))} are found"))
+               f"; of {len(normal['synthetic'])} faint synthetic defects painted on the held-out "
+               f"images {round(found * len(normal['synthetic']))} are found"))
 
 
 def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,

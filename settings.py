@@ -234,7 +234,7 @@ class Settings:
                            "other methods")
     guidance: float = setting(4.0, "D3AD's: how strongly a restoration is held near the image",
                               "other methods")
-    resnet34: str = setting("", "D3AD's: a file of torchvision's ResNet-34 weights, for its features",
+    resnet34: str = setting("", "D3AD's: file of torchvision's ResNet-34 weights, for its features",
                             "other methods")
 
     infer_steps: int = setting(0, "network calls a restoration; 0: all of the schedule's",

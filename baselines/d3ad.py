@@ -9,12 +9,13 @@ The paper's: Eq. 6-10, Algorithms 1 and 2, Eq. 12 of the supplement (--omega; 0 
 1000, beta .0015 to .0195, T_max 80, ten bins, at least the second, ten steps, guidance 4, K 20,
 lambda 0.85 (--lam), AdamW 1e-4; the code's rounding of T' to tens.
 Stand-ins: no Stable Diffusion autoencoder: a small one of this category's images, undamaged and
-damaged, which keeps defects, as theirs does; no ResNet-34, unless --resnet34 names its weights: three
-levels of that encoder, a copy of it adapted by Eq. 10 (for neighbours the second, for the map the
-second and third); a smaller U-Net (281 M parameters theirs); the ranges that bring the two distances of Eq. 9 together are those of
-training images, theirs the whole test set's, so that one image can be scored alone; a training
-image is not its own neighbour; the mean filter in place of a Gaussian. At most 256 training images
-are kept for the neighbours; the latent's mean is taken, theirs is a sample.
+damaged, which keeps defects, as theirs does; no ResNet-34, unless --resnet34 names its weights:
+three levels of that encoder, a copy of it adapted by Eq. 10 (for neighbours the second, for the map
+the second and third); a smaller U-Net (281 M parameters theirs); the ranges that bring the two
+distances of Eq. 9 together are those of training images, theirs the whole test set's, so that one
+image can be scored alone; a training image is not its own neighbour; the mean filter in place of a
+Gaussian. At most 256 training images are kept for the neighbours; the latent's mean is taken,
+theirs is a sample.
 Cost: 668 GMAC an image at 256 px.
 """
 import copy
@@ -159,7 +160,7 @@ class D3AD(Method):
                    for a, b in zip(self.features(x), self.features(x_0)))
 
     def prepare(self, images: Tensor) -> None:
-        """One epoch of Eq. 10 on phi as it was before it; then the neighbours, the distances' range,
+        """One epoch of Eq. 10 on phi as it was before; then the neighbours, the distances' range
         and the two ranges of Eq. 9, all from training images [N, 3, H, W]."""
         images, rng = images[:KEPT], torch.Generator().manual_seed(0)
         before = resnet(self.resnet34) if self.resnet34 else self.vae.encoder
