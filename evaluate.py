@@ -325,24 +325,30 @@ def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list
                                   (M[:, 0].numpy() for M in maps))), s)
     top = float(M_final.max())
 
-    def picture(image: Tensor) -> np.ndarray:
-        return image.permute(1, 2, 0).numpy()
+    photos = images.permute(0, 2, 3, 1).numpy()
+    restored = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    over = [over_grey(photo, M, top) for photo, M in zip(photos, M_final)]
+    truth = [np.full_like(M_final[0], np.nan) if M is None else top * M for M in truths]
+    columns = {"image": photos, "restoration": restored, "map over image": over,
+               "anomaly map": M_final, "ground truth": truth}
 
-    titles = ["image", "restoration", "map over image", "anomaly map", "ground truth"]
     figure = Figure(figsize=(10, 2 * len(images) + 0.8), layout="constrained")
-    axes = figure.subplots(len(images), 5, squeeze=False)
-    for k, row in enumerate(axes):
-        row[0].imshow(picture(images[k]))
-        row[1].imshow(picture(x_0[k].clamp(-1, 1) / 2 + 0.5))
-        row[2].imshow(over_grey(picture(images[k]), M_final[k], top) / 255)
-        shade = row[3].imshow(M_final[k], cmap="inferno", vmin=0, vmax=top)
-        if truths[k] is not None:
-            row[4].imshow(truths[k], cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(printable(names[k]), fontsize=8, parse_math=False)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], titles):
+    axes = figure.subplots(1, 5)
+    for axis, (title, pictures) in zip(axes, columns.items()):         # a column is one picture
+        side, white = len(pictures[0]), 255 if pictures[0].ndim == 3 else np.nan
+        gap = side // 16
+        rows = [np.pad(picture, ((0, gap), *[(0, 0)] * (picture.ndim - 1)), constant_values=white)
+                for picture in pictures]
+        column = np.concatenate(rows)[:-gap]
+        shade = axis.imshow(column / 255 if column.ndim == 3 else column, cmap="inferno", vmin=0,
+                            vmax=top)
         axis.set_title(title, fontsize=9)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    side = images.shape[-1]
+    axes[0].set_yticks([side / 2 + k * (side + side // 16) for k in range(len(images))],
+                       [printable(name) for name in names], fontsize=8, rotation=90, va="center",
+                       ha="center", parse_math=False)
+    axes[0].tick_params(length=0, pad=12)
     figure.colorbar(shade, ax=axes, location="bottom", shrink=0.4, aspect=30, pad=0.01,
                     label="M_final (Eq. 10)")
     figure.savefig(file, format="png", dpi=80)
