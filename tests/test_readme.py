@@ -13,7 +13,7 @@ from PIL import Image
 
 import bench
 import download
-import method_figure
+import readme_figures
 import predict
 import train
 import transfusion
@@ -80,7 +80,7 @@ def test_training_commands_parse(page, command):
     assert settings.category
 
 
-@pytest.mark.parametrize("module", [download, predict, bench, method_figure])
+@pytest.mark.parametrize("module", [download, predict, bench, readme_figures])
 def test_other_commands_have_the_flags_that_are_shown(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -141,17 +141,19 @@ def test_links_and_anchors_exist():
 
 
 def test_the_method_figure_is_five_panels_of_256_pixels(small, demo_root, tmp_path):
-    out = tmp_path / "method.png"
-    assert method_figure.main([str(small[0]), "--root", str(demo_root), "--out", str(out)]) == 0
-    drawn = Image.open(out)
+    flags = [str(small[0]), "--root", str(demo_root), "--out", str(tmp_path)]
+    assert readme_figures.main(flags) == 0
+    with Image.open(tmp_path / "demo.png") as drawn:
+        assert drawn.size == (800, 704)                                      # four kinds of defect
+    drawn = Image.open(tmp_path / "method.png")
     with Image.open(ROOT / "docs" / "method.png") as committed:
         assert np.abs(np.subtract(drawn.size, committed.size)).max() <= 1    # fonts differ a little
     pixels = np.asarray(drawn.convert("RGB"), float)
-    top = method_figure.ABOVE
-    columns = pixels[top:top + method_figure.PANEL].mean((0, 2))                # white in the gaps
+    top = readme_figures.ABOVE
+    columns = pixels[top:top + readme_figures.PANEL].mean((0, 2))                # white in the gaps
     line = (columns < 250).astype(int)
     starts, ends = (np.flatnonzero(np.diff(line) == step) for step in (1, -1))
-    assert len(starts) == 5 and np.abs(ends - starts - method_figure.PANEL).max() <= 3
+    assert len(starts) == 5 and np.abs(ends - starts - readme_figures.PANEL).max() <= 3
 
 
 def test_the_lines_of_python_run(small, demo_root, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,8 @@
-"""The README's picture of the method: one step back, drawn with a run's model.
+"""The README's pictures, drawn with a run's model.
 
-    python tools/method_figure.py runs/demo/fabric          writes docs/method.png
+    python tools/readme_figures.py runs/demo/fabric      writes docs/method.png and docs/demo.png
 
-One row: x_t, M_t, eps_t, n_t and x_{t-1}, as Eq. 4 joins them. x_t is a training image with a
+demo.png has the first test image of every kind of defect. method.png is one step back: x_t, M_t, eps_t, n_t and x_{t-1}, as Eq. 4 joins them. x_t is a training image with a
 synthetic anomaly at t = T; the step goes half the way at once, because one of twenty changes too
 little to be seen.
 """
@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import torch
 from matplotlib.figure import Figure
 
+from evaluate import draw_rows, pick_rows
 from runs import load_model, load_source
 from settings import exit_status
 from train import make_batch
@@ -26,12 +27,12 @@ PANEL, GAP, ABOVE, BELOW, DPI = 256, 26, 84, 66, 100                     # pixel
 
 @exit_status
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw one step back.")
+    parser = argparse.ArgumentParser(description="Draw the README's pictures.")
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--root", default="data", help="where the data sets lie (default: data)")
     parser.add_argument("--batch", type=int, default=3, help="number of the training batch, whose "
                         "first image is drawn")
-    parser.add_argument("--out", default="docs/method.png", help="the picture")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="the pictures' folder")
     flags = parser.parse_args(argv)
 
     model, s, _ = load_model(Path(flags.run) / "last.pt", torch.device("cpu"))
@@ -45,10 +46,16 @@ def main(argv: list[str] | None = None) -> None:
         eps_t, n_t, logit = model.predict(x_t, torch.zeros_like(M), torch.tensor([t]))
     x_prev = reverse_step(x_t, (logit > 0).float(), eps_t, n_t, beta, beta_prev)    # Eq. 4
     draw(Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev), beta.item(), beta_prev.item(),
-         flags.out)
+         flags.out / "method.png")
+
+    items = source.category.test
+    shown = [k for k in pick_rows(items, 1) if items[k].label]
+    with open(flags.out / "demo.png", "wb") as file:
+        draw_rows(file, model, s, source.test[shown], [items[k].defect for k in shown],
+                  [source.masks[k] for k in shown])
 
 
-def draw(step: Step, beta_t: float, beta_prev: float, out: str) -> None:
+def draw(step: Step, beta_t: float, beta_prev: float, out: Path) -> None:
     """Five panels of PANEL pixels, with the paper's symbols above them and Eq. 4 below."""
     panels = [("$x_t$", rf"$t = T$, $\beta_t$ = {beta_t:.2g}", step.x_t),
               ("$M_t$", "where the anomaly is", step.M_t),
