@@ -1,5 +1,7 @@
 """Fixtures shared by the tests: the demo data and one small trained model."""
-from contextlib import contextmanager
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,28 +11,19 @@ import demo
 import evaluate
 import train
 
-THREADS = torch.get_num_threads()
 torch.set_num_threads(1)        # most models here are so small that two threads wait for each other
 
 # A model that trains in a minute or two: what the tests of everything behind training share.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--batch",
          "4", "--steps", "400", "--infer-steps", "3", "--checkpoint-every", "100", "--precision",
          "float32", "--device", "cpu"]
-
-
-@contextmanager
-def all_cores():
-    """What `small` is trained and scored with."""
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(1)
+SYNTHETIC = 8                   # in place of 64: most tests score a model that has learned nothing
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_synthetic_defects():
-    """8 in place of 64: most tests score a model that has learned nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "SYNTHETIC", 8)
+        patch.setattr(evaluate, "SYNTHETIC", SYNTHETIC)
         yield
 
 
@@ -42,16 +35,34 @@ def demo_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def training(request, tmp_path_factory):
+    """The small model's training, on one core beside the tests that do without it; its arguments."""
+    if not any("small" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    root, out = request.getfixturevalue("demo_root"), tmp_path_factory.mktemp("small") / "runs"
+    argv = [*SMALL, "--root", str(root), "--out", str(out)]
+    code = (f"import sys, evaluate, train; evaluate.SYNTHETIC = {SYNTHETIC}; "
+            "sys.exit(train.main(sys.argv[1:]))")
+    with subprocess.Popen([sys.executable, "-c", code, *argv], cwd=Path(train.__file__).parent,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:
+        yield process, argv
+        process.kill()
+
+
 @pytest.fixture(scope="session")
-def small(demo_root, tmp_path_factory) -> tuple[Path, list[str]]:
+def small(training) -> tuple[Path, list[str]]:
     """The run folder of a small trained model, and the arguments that made it."""
-    out = tmp_path_factory.mktemp("small") / "runs"
-    argv = [*SMALL, "--root", str(demo_root), "--out", str(out)]
-    with all_cores():
-        assert train.main(argv) == 0
-    return out / "demo" / "fabric", argv
+    process, argv = training
+    assert process.wait() == 0
+    return Path(argv[-1]) / "demo" / "fabric", argv
 
 
 def pytest_collection_modifyitems(items):
-    """The notebooks run beside the other tests: what became of them is asked last."""
-    items.sort(key=lambda item: item.name.startswith("test_notebook_runs"))
+    """Last come the tests of what is made beside the others: the small model, then the notebooks,
+    which test_there_are_notebooks starts."""
+    items.sort(key=lambda item: ("small" in item.fixturenames,
+                                 item.name != "test_there_are_notebooks",
+                                 item.name.startswith("test_notebook_runs")))
