@@ -28,21 +28,26 @@ def few_synthetic_defects():
 
 
 @pytest.fixture(scope="session")
-def demo_root(tmp_path_factory) -> Path:
+def data_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def demo_root(data_folder) -> Path:
     """A folder that holds the demo data as demo/CATEGORY."""
-    root = tmp_path_factory.mktemp("data")
-    demo.write(root / "demo")
-    return root
+    demo.write(data_folder / "demo")
+    return data_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def training(request, tmp_path_factory):
-    """The small model's training, on one core beside the tests that do without it; its arguments."""
+def training(request, data_folder, tmp_path_factory):
+    """The small model's training, on one core beside the tests that do without it; its arguments.
+    It draws what it needs of the demo data."""
     if not any("small" in item.fixturenames for item in request.session.items):
         yield
         return
-    root, out = request.getfixturevalue("demo_root"), tmp_path_factory.mktemp("small") / "runs"
-    argv = [*SMALL, "--root", str(root), "--out", str(out)]
+    out = tmp_path_factory.mktemp("small") / "runs"
+    argv = [*SMALL, "--root", str(data_folder), "--out", str(out)]
     code = (f"import sys, evaluate, train; evaluate.SYNTHETIC = {SYNTHETIC}; "
             "sys.exit(train.main(sys.argv[1:]))")
     with subprocess.Popen([sys.executable, "-c", code, *argv], cwd=Path(train.__file__).parent,
@@ -53,7 +58,7 @@ def training(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small(training) -> tuple[Path, list[str]]:
+def small(training, demo_root) -> tuple[Path, list[str]]:
     """The run folder of a small trained model, and the arguments that made it."""
     process, argv = training
     assert process.wait() == 0

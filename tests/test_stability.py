@@ -33,7 +33,9 @@ def same(a, b):
 
 # ---------------------------------------------------------------- the norm before attention
 
-@pytest.mark.parametrize("flag, holds", [("--attention-norm", True), ("--no-attention-norm", False)])
+@pytest.mark.parametrize("flag, holds", [
+    ("--attention-norm", True),
+    pytest.param("--no-attention-norm", False, marks=pytest.mark.slow)])
 def test_attention_holds_at_a_rate_it_ran_away_at(flag, holds, demo_root, tmp_path):
     """Ten times the preset's rate: logits of about 200 with the norm, 1e9 without it."""
     s, _ = parse(["--preset", "quick", "--category", "fabric", "--resize", "32", "--channels", "8",
