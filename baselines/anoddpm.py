@@ -6,16 +6,17 @@ for 250 of 1000 steps and walked back; what does not come back is anomalous. No 
 
 The paper gives no numbers to its equations that could be checked here; they carry letters, A to F.
 The method's: A-F, T 1000, beta 1e-4 to 0.02, 250 steps, noise again at every step back, six octaves
-of persistence 0.8 from a quarter of the side on; the network (131.7 M parameters at --channels
-128), AdamW 1e-4 without decay, clip 1, an average of the weights.
+of persistence 0.8 from a quarter of the side on; the network (125 M parameters at --channels 128,
+theirs 131.7), AdamW 1e-4 without decay, clip 1, an average of the weights.
 Stand-ins: each octave is a map of its own of 2-D noise where the code cuts slices through 3-D
 noise, so that octaves do not meet in one corner; four octaves below 128 px, where more would be
 finer than two pixels; t only where the restoration needs it, 1 to 250 (theirs: to 800); strided and
 transposed convolutions change the resolution; one fixed noise for every image at test, so that a
 score does not depend on the images beside it. The image score is this folder's, the maximum after
-the mean filter (the authors have none), with the error's mean over the colours.
-Cost: 250 calls of 281 GMAC an image at 256 px; the small network at 80 px, 2.2 GMAC a call, walks
-the 250 in 25 longer steps (--infer-steps). Theirs: 300 100 batches of 1, whatever the data.
+the mean filter (the authors have none), with the error's mean over the colours, of images in [0, 1]
+(theirs in [-1, 1], four times as large).
+Cost: theirs 250 calls of 281 GMAC an image at 256 px, 300 100 batches of 1, whatever the data; the
+small network at 80 px, 2.2 GMAC a call, walks the 250 in 25 longer steps (--infer-steps).
 """
 import math
 
@@ -97,10 +98,10 @@ class AnoDDPM(Method):
         "paper": dict(resize=256, crop=256, rotation=0.0, channels=128, batch=2, epochs=1250,
                       lr=1e-4, lr_drop=1250, weight_decay=0.0, clip=1.0, ema=0.9999, lam=0.0,
                       kernel=13, attention_norm=True),
-        "cpu": dict(init="default", channels=32, steps=3000, weight_decay=0.0, lam=0.0,
-                    infer_steps=25),
-        "quick": dict(init="default", channels=32, steps=900, weight_decay=0.0, lam=0.0,
-                      infer_steps=25),
+        "cpu": dict(init="default", rotation=0.0, channels=32, steps=3000, weight_decay=0.0,
+                    lam=0.0, infer_steps=25),
+        "quick": dict(init="default", rotation=0.0, channels=32, steps=900, weight_decay=0.0,
+                      lam=0.0, infer_steps=25),
     }
     USES = {"infer_steps"}
 

@@ -206,7 +206,8 @@ class VAE(nn.Module):
 
     def loss(self, method: Method, x: Tensor) -> Tensor:
         """L1 + (1 - SSIM) + 1e-6 KL to N(0, I), of x and its reconstruction from a sample."""
-        mean, log_var = method.run(self.encoder, x)[-1].clamp(-30, 20).chunk(2, 1)
+        mean, log_var = method.run(self.encoder, x)[-1].chunk(2, 1)
+        log_var = log_var.clamp(-30, 20)
         z = mean + (log_var / 2).exp() * torch.randn_like(mean)
         found = method.run(self.decoder, z)
         with torch.no_grad():

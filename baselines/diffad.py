@@ -6,19 +6,20 @@ training so that defects are not copied; DRAEM's segmenter, which sees the image
 and one decoded between their latents, which tells it what generation alone changes.
 
 The paper's: Eq. 3-7, the three stages, T 1000, the schedule (roots of beta even from .0015 to .02),
-the condition's noise over all of it and none at test, lambda 0.5, DDIM with eta 0, ten steps, the
-segmenter's focal loss alone; at --channels 256 and 256 px the U-Net (one attention head here).
+the condition's noise over all of it and none at test, lambda 0.5, DDIM with eta 0 from pure noise
+at step 801, five steps as in the supplement, the segmenter's focal loss alone; at --channels 256
+and 256 px the U-Net (one attention head here; strided and transposed convolutions).
 Stand-ins: the autoencoder learns by L1 + SSIM + KL, without LPIPS (pretrained) and discriminator,
 and is a smaller one, of an eighth of the side (below 128 px a quarter); the posterior's mean, taken
-to variance 1; one --lr, --batch and schedule for the three, shares of the steps in STAGES; five
-DDIM steps in the segmenter's training (theirs 50; 10 lose half a point); the steps end at t = 0,
-theirs one short of it; one noise x_T for every image; the anomalies and the filter as in draem.py;
-the clean estimates of a generation are cut at LIMIT: near t = 1000 an error of eps_theta counts 15
-times in them, and few training steps leave errors (restorations were far too bright).
+to variance 1; one --lr, --batch and schedule for the three, shares of the steps in STAGES; DRAWS
+noises for each latent in a step of the diffusion; eps_theta is not the network's output but is made
+of it and z_t (`predict`), because near t = 1000 a clean estimate multiplies its error by up to 92;
+five DDIM steps in the segmenter's training, too (theirs 50; 10 lose half a point); one noise x_T
+for every image; the anomalies and the filter as in draem.py.
 Variants of the supplement, --variant: f_and_r generates without condition, from the image's own
 latent noised to t = 800; c has a clean condition; no_inter no third image (nor have the first two);
 x_a_inter has the image's own decoded latent in its place.
-Cost: 1 195 GMAC an image at 256 px (more than half of it two decodings).
+Cost: theirs 1 195 GMAC an image at 256 px (more than half of it two decodings).
 """
 import torch
 import torch.nn.functional as F
@@ -31,17 +32,16 @@ from transfusion import Restoration, reconstruction_error
 
 VARIANTS = ("diffad", "f_and_r", "c", "no_inter", "x_a_inter")
 FROM = 800                              # the step that f_and_r starts at
-LIMIT = 2.0                             # in standard deviations of the latents
-CALLS = {True: 5, False: 10}            # in training, and at test unless --infer-steps is given
+CALLS, DRAWS = 5, 4
 
 
 class DiffAD(Method):
-    STAGES = (0.3, 0.65, 1.0)           # autoencoder, diffusion, segmenter
+    STAGES = (0.25, 0.6, 1.0)           # autoencoder, diffusion, segmenter
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=90.0, channels=256, batch=32, epochs=6000,
                       lr=6.4e-5, lr_schedule="cosine", lam=1.0, kernel=21, attention_norm=True),
-        "cpu": dict(init="default", channels=64, steps=4800, lam=1.0, infer_steps=0),
-        "quick": dict(init="default", channels=64, steps=1450, lam=1.0),
+        "cpu": dict(init="default", channels=64, steps=3600, lam=1.0, infer_steps=0),
+        "quick": dict(init="default", channels=64, steps=1180, lam=1.0),
     }
     USES = {"lam", "infer_steps", "variant"}
 
@@ -65,8 +65,14 @@ class DiffAD(Method):
     # ------------------------------------------------------------ Eq. 3-6: the diffusion
 
     def predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """eps_theta(z_t, t, c), or eps_theta(z_t, t) in f_and_r; all [B, 4, h, w], t [B]."""
-        return self.run(self.net, torch.cat([z_t, c], 1) if self.steered else z_t, t)
+        """eps_theta(z_t, t, c), or eps_theta(z_t, t) in f_and_r; all [B, 4, h, w], t [B].
+
+        = sqrt(abar_t) v + sqrt(1 - abar_t) z_t with the network's v, of which the clean estimate is
+        sqrt(abar_t) z_t - sqrt(1 - abar_t) v (Salimans and Ho 2022), at every t as exact as v.
+        """
+        v = self.run(self.net, torch.cat([z_t, c], 1) if self.steered else z_t, t)
+        abar = at(self.abar, t)
+        return abar.sqrt() * v + (1 - abar).sqrt() * z_t
 
     def noisy_condition(self, c: Tensor, eps: Tensor, t_c: Tensor) -> Tensor:
         """Eq. 5: c_noisy = sqrt(abar_tc) c + sqrt(1 - abar_tc) eps'; c itself in the variant c."""
@@ -85,7 +91,7 @@ class DiffAD(Method):
         z_t = x_T.expand_as(c) if self.steered else noised(c, x_T, self.abar[path[0]])
         for t, t_prev in zip(path, path[1:]):
             eps = self.predict(z_t, torch.full((len(c),), t, device=c.device), c)
-            z_0 = clean_estimate(z_t, eps, self.abar[t]).clamp(-LIMIT, LIMIT)
+            z_0 = clean_estimate(z_t, eps, self.abar[t])
             z_t = ddim_step(z_t, z_0, self.abar[t], self.abar[t_prev])
         return z_t
 
@@ -104,9 +110,13 @@ class DiffAD(Method):
         return [self.vae.decode(self, z_r), *third, x_a]
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """The DDIM steps: infer_steps network calls, 0: CALLS."""
-        first = self.last_step if self.steered else FROM
-        return even_path(first, infer_steps or CALLS[self.training])
+        """The DDIM steps, as theirs: of 5 calls 801, 601, 401, 201, 1 and 0; in f_and_r evenly from
+        FROM. infer_steps 0: CALLS. Raises ValueError where there are fewer steps than calls."""
+        calls = infer_steps or CALLS
+        if not self.steered:
+            return even_path(FROM, calls)
+        stride = self.last_step // calls
+        return [t - stride + 1 for t in even_path(self.last_step, calls)[:-1]] + [0]
 
     # ------------------------------------------------------------ training and restoration
 
@@ -123,6 +133,7 @@ class DiffAD(Method):
         elif self.stage == 1:
             with torch.no_grad():
                 z, c = self.vae.encode(self, torch.cat([x, x_a])).chunk(2)
+            z, c = (part.repeat(DRAWS, 1, 1, 1) for part in (z, c))
             terms["diffusion"] = self.diffusion_loss(z, c if self.steered else z)
         else:
             x_T = torch.randn(len(x), *self.x_T.shape[1:], device=x.device)

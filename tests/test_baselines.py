@@ -329,26 +329,28 @@ def test_diffad_eq_6_loss(monkeypatch):
     for k in range(2):
         z_t = model.abar[t[k]] ** 0.5 * z[k] + (1 - model.abar[t[k]]) ** 0.5 * eps[k]
         noisy = model.abar[t_c[k]] ** 0.5 * c[k] + (1 - model.abar[t_c[k]]) ** 0.5 * eps_c[k]
-        total += (z_t + noisy - eps[k]).square().mean().item() / 2
+        eps_theta = model.abar[t[k]] ** 0.5 * (z_t + noisy) + (1 - model.abar[t[k]]) ** 0.5 * z_t
+        total += (eps_theta - eps[k]).square().mean().item() / 2
     assert found.item() == pytest.approx(total, rel=1e-5) and torch.equal(seen[0][1], t)
 
 
 def test_diffad_generates_what_is_predicted(monkeypatch):
     model, _ = tiny("diffad")
-    z, c, t_seen = latents().clamp(-2, 2), latents().flip(0), []
-    z[0, 0, 0, 0] = 3                       # more than LIMIT: what is generated ends there
+    z, c, t_seen = latents(), latents().flip(0), []
 
     def perfect(net, x, t):
         t_seen.append(t[0].item())
         assert torch.equal(x[:, 4:], c)                             # the condition is clean
         abar = model.abar[t[0]]
-        return (x[:, :4] - abar.sqrt() * z) / (1 - abar).sqrt()
+        return (abar.sqrt() * x[:, :4] - z) / (1 - abar).sqrt()     # v: z = sqrt(abar) z_t - ...
 
     monkeypatch.setattr(model, "run", perfect)
-    found = model.generate(c, latents(1, 4, 8, 8), model.path(4))
-    torch.testing.assert_close(found, z.clamp(-2, 2), atol=1e-3, rtol=1e-3)
-    assert t_seen == [1000, 750, 500, 250] and len(model.path()) == 11
-    assert len(model.train().path()) == 6
+    found = model.generate(c, latents(1, 4, 8, 8), model.path())
+    torch.testing.assert_close(found, z, atol=1e-4, rtol=1e-4)
+    assert t_seen == [801, 601, 401, 201, 1] and model.path(4) == [751, 501, 251, 1, 0]
+    assert model.path(1000) == list(range(1000, -1, -1))
+    with pytest.raises(ValueError, match="1001 inference steps"):
+        model.path(1001)
 
 
 @pytest.mark.parametrize("variant, channels, steered, third", [
@@ -358,7 +360,7 @@ def test_diffad_eq_7_and_the_variants(variant, channels, steered, third, monkeyp
     model, _ = tiny("diffad", "--variant", variant)
     assert model.segment.down[0][0].in_channels == channels
     assert model.net.start.in_channels == steered
-    assert model.path()[0] == (800 if variant == "f_and_r" else 1000)
+    assert model.path()[0] == (800 if variant == "f_and_r" else 801)
     x, z_r = torch.rand(2, 3, 32, 32) * 2 - 1, latents()
     monkeypatch.setattr(model, "generate", lambda c, x_T, path: z_r)
     x_r, *inter, x_a = model.images(x, model.x_T, model.path())
