@@ -17,13 +17,13 @@ from torch import Tensor
 
 import data
 import metrics
+from baselines.common import PREPARED
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
                   steps_per_epoch)
 from settings import InputError, Settings, hardware, progress_bar
 from transfusion import TransFusion, anomaly_score, final_mask, forward_process
 
-PREPARED = 256          # training images, at most, that a method's `prepare` is given
 
 # ---------------------------------------------------------------- restorations and maps
 

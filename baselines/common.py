@@ -16,6 +16,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from transfusion import Attention, Resample, TimeEmbedding, ssim
 
 
+PREPARED = 256          # training images, at most, that a method's `prepare` is given
+
+
 class Method(nn.Module):
     """The interface of `baselines`. bf16: networks called through `run` are under autocast."""
     last_step = 1000

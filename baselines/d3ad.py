@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from baselines.common import (VAE, Method, UNet, at, clean_estimate, ddim_step, even_path,
-                              noise_schedule, noised, resnet)
+from baselines.common import (PREPARED, VAE, Method, UNet, at, clean_estimate, ddim_step,
+                              even_path, noise_schedule, noised, resnet)
 from baselines.draem import damaged_image, opacity
 from transfusion import Restoration
 
-T_MAX, BINS, LEAST, NEIGHBOURS, POOL, KEPT = 80, 10, 2, 20, 8, 256
+T_MAX, BINS, LEAST, NEIGHBOURS, POOL = 80, 10, 2, 20, 8
 
 
 def guided(eps: Tensor, z_t: Tensor, z_0: Tensor, abar: Tensor, w: float) -> Tensor:
@@ -78,7 +78,7 @@ class D3AD(Method):
         self.net = UNet(4, 4, s.channels, widths, 2 if large else 1, attention)
         self.register_buffer("abar", noise_schedule(0.0015, 0.0195), False)
         side = s.crop // (8 if large else 4)
-        for name, shape in (("noise", (1, 4, side, side)), ("bank", (KEPT, width * POOL ** 2)),
+        for name, shape in (("noise", (1, 4, side, side)), ("bank", (PREPARED, width * POOL ** 2)),
                             ("count", ()), ("distances", (2,)), ("ranges", (2, 2))):
             self.register_buffer(name, torch.zeros(shape))
         self.noise.normal_()
@@ -163,7 +163,7 @@ class D3AD(Method):
     def prepare(self, images: Tensor) -> None:
         """One epoch of Eq. 10 on phi as it was before; then the neighbours, the distances' range
         and the two ranges of Eq. 9, all from training images [N, 3, H, W]."""
-        images, rng = images[:KEPT], torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
         before = resnet(self.resnet34) if self.resnet34 else self.vae.encoder
         self.phi.load_state_dict(before.state_dict())
         optimizer = torch.optim.AdamW(self.phi.parameters(), 1e-4)
