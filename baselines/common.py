@@ -1,4 +1,5 @@
-"""What the methods of this folder share: their interface, a diffusion, its U-Net, two encoders.
+"""What the methods of this folder share: their interface, a diffusion, its U-Net, a codec,
+and ResNet-34's features.
 
 Tensors are [B, C, H, W], images in [-1, 1]. As in transfusion.py t counts from T (noise) down to 0
 (the clean image), so abar_0 = 1; code that counts from 0 has our abar_t at t - 1.

@@ -2,9 +2,9 @@
 
     python tools/readme_figures.py runs/demo/fabric      writes docs/method.png and docs/demo.png
 
-demo.png has the first test image of every kind of defect. method.png is one step back: x_t, M_t, eps_t, n_t and x_{t-1}, as Eq. 4 joins them. x_t is a training image with a
-synthetic anomaly at t = T; the step goes half the way at once, because one of twenty changes too
-little to be seen.
+demo.png has the first test image of every kind of defect. method.png is one step back: x_t, M_t,
+eps_t, n_t and x_{t-1}, as Eq. 4 joins them. x_t is a training image with a synthetic anomaly at t =
+T; the step goes half the way at once, because one of twenty changes too little to be seen.
 """
 import argparse
 import dataclasses
