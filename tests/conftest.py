@@ -41,8 +41,8 @@ def demo_root(data_folder) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def training(request, data_folder, tmp_path_factory):
-    """The small model's training, on one core beside the tests that do without it; its arguments.
-    It draws what it needs of the demo data."""
+    """The small model's training, on one core beside the tests that do without it; its arguments
+    and the file of what it prints. It draws what it needs of the demo data."""
     if not any("small" in item.fixturenames for item in request.session.items):
         yield
         return
@@ -50,18 +50,19 @@ def training(request, data_folder, tmp_path_factory):
     argv = [*SMALL, "--root", str(data_folder), "--out", str(out)]
     code = (f"import sys, evaluate, train; evaluate.SYNTHETIC = {SYNTHETIC}; "
             "sys.exit(train.main(sys.argv[1:]))")
-    with subprocess.Popen([sys.executable, "-c", code, *argv], cwd=Path(train.__file__).parent,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:
-        yield process, argv
+    log = out.parent / "log"
+    with open(log, "w") as printed, subprocess.Popen(
+            [sys.executable, "-c", code, *argv], cwd=Path(train.__file__).parent, stdout=printed,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        yield process, argv, log
         process.kill()
 
 
 @pytest.fixture(scope="session")
 def small(training, demo_root) -> tuple[Path, list[str]]:
     """The run folder of a small trained model, and the arguments that made it."""
-    process, argv = training
-    assert process.wait() == 0
+    process, argv, log = training
+    assert process.wait() == 0, log.read_text()
     return Path(argv[-1]) / "demo" / "fabric", argv
 
 
