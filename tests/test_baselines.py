@@ -558,7 +558,7 @@ def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):  # n
 
 # A method's image AUROC after its quick preset on the demo's fabric; measured with seed 0:
 # 1.0, 0.984, 1.0, 0.845.
-FLOOR = {"draem": 0.95, "d3ad": 0.9, "diffad": 0.95, "anoddpm": 0.75}
+FLOOR = {"draem": 0.95, "d3ad": 0.93, "diffad": 0.95, "anoddpm": 0.75}
 
 
 @pytest.mark.slow
