@@ -43,7 +43,7 @@ def demo_root(data_folder) -> Path:
 def training(request, data_folder, tmp_path_factory):
     """The small model's training, on one core beside the tests that do without it; its arguments
     and the file of what it prints. It draws what it needs of the demo data."""
-    if not any("small" in item.fixturenames for item in request.session.items):
+    if not any({"small", "executed"} & {*item.fixturenames} for item in request.session.items):
         yield
         return
     out = tmp_path_factory.mktemp("small") / "runs"
@@ -61,14 +61,18 @@ def training(request, data_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(training, demo_root) -> tuple[Path, list[str]]:
     """The run folder of a small trained model, and the arguments that made it."""
+    return trained(training)
+
+
+def trained(training) -> tuple[Path, list[str]]:
     process, argv, log = training
     assert process.wait() == 0, log.read_text()
     return Path(argv[-1]) / "demo" / "fabric", argv
 
 
 def pytest_collection_modifyitems(items):
-    """Last come the tests of what is made beside the others: the small model, then the notebooks,
-    which test_there_are_notebooks starts."""
-    items.sort(key=lambda item: ("small" in item.fixturenames,
-                                 item.name != "test_there_are_notebooks",
+    """Last come the tests of what is made beside the others: of the small model, then of the
+    notebooks, which the first test has run as soon as that model is trained."""
+    items.sort(key=lambda item: (item.name != "test_there_are_notebooks",
+                                 "small" in item.fixturenames,
                                  item.name.startswith("test_notebook_runs")))

@@ -21,7 +21,7 @@ def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
     rows = [row for row in ablations.conditions() if row[1] in ("", "--no-pe", "--T 5",
                                                                "--final-mask recon")]
     monkeypatch.setattr(ablations, "conditions", lambda: rows)
-    argv = argv_for(parts, "--steps", "2")
+    argv = argv_for(parts, "--steps", "2", "--infer-steps", "1")
     assert ablations.main(argv) == 0
     folder = parts.parent / "runs"
     with open(folder / "table4-parts-bolt.csv", newline="") as file:
@@ -92,7 +92,7 @@ def test_all_categories_give_a_table_each_and_their_average(parts, monkeypatch, 
     shutil.copytree(parts / "bolt", parts / "nut")
     monkeypatch.setattr(ablations, "conditions", lambda: [("full model", "", "0"),
                                                           ("only M_1", "--final-mask last", "0")])
-    argv = argv_for(parts, "--steps", "2", "--infer-steps", "0")
+    argv = argv_for(parts, "--steps", "2", "--T", "5", "--infer-steps", "0")
     argv[argv.index("bolt")] = "all"
     assert ablations.main(argv) == 0
     said = capsys.readouterr().out
@@ -101,4 +101,4 @@ def test_all_categories_give_a_table_each_and_their_average(parts, monkeypatch, 
                                                                       "table4-parts-nut.csv"}
     assert said.index("average of bolt, nut") > said.index("table4-parts-nut.csv")
     metrics = parts.parent / "runs/parts/nut-seed-0/metrics-final_masklast.json"
-    assert json.loads(metrics.read_text())["infer_steps"] == 20          # so that M_last is M_1
+    assert json.loads(metrics.read_text())["infer_steps"] == 5           # so that M_last is M_1

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 import data
 import figures
 import tables
+from conftest import trained
 
 FOLDER = tables.HERE
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -39,14 +40,15 @@ NOT_THE_MEAN = {
 
 
 @pytest.fixture(scope="session")
-def executed(small, demo_root):
-    """The notebooks, one after the other in the background on one core, with the shared model's run
+def executed(training, demo_root):
+    """The notebooks, one after the other in the background on one core, with the small model's run
     and data instead of ../runs."""
     def execute(path):
+        folder, _ = trained(training)
         notebook = nbformat.read(path, as_version=4)
         setup = notebook.cells[1]
         source = setup.source.replace('"../data"', repr(str(demo_root)))
-        setup.source = source.replace('"../runs"', repr(str(small[0].parents[1])))
+        setup.source = source.replace('"../runs"', repr(str(folder.parents[1])))
         assert setup.source.count(str(demo_root)) == 1
         NotebookClient(notebook, timeout=300,
                        resources={"metadata": {"path": str(FOLDER)}}).execute(
@@ -57,7 +59,7 @@ def executed(small, demo_root):
 
 
 def test_there_are_notebooks(executed):
-    """They start here and run beside the other tests."""
+    """They start here, and run beside the other tests once the small model is trained."""
     assert len(executed) == 5
 
 

@@ -193,14 +193,16 @@ def test_controls_training_and_true_labels_matter(small, demo_root):
     assert abs(np.mean(chance) - 0.5) < 0.1
 
 
-def test_eval_again_gives_the_same_numbers_and_other_settings_overwrite_nothing(small):
-    folder, argv = small
+def test_eval_again_gives_the_same_numbers_and_other_settings_overwrite_nothing(parts):
+    argv = argv_for(parts)
+    assert train.main(argv) == 0
+    folder = parts.parent / "runs" / "parts" / "bolt"
     before = contents(folder)
-    assert train.main([*argv, "--eval", "--infer-steps", "2", "--lam", "0.5"]) == 0
+    assert train.main([*argv, "--eval", "--infer-steps", "3", "--lam", "0.5"]) == 0
     after = contents(folder)
-    assert set(after) - set(before) == {"metrics-infer_steps2-lam0.5.json"}
+    assert set(after) - set(before) == {"metrics-infer_steps3-lam0.5.json"}
     assert all(after[name] == before[name] for name in before)
-    assert json.loads(after["metrics-infer_steps2-lam0.5.json"])["infer_steps"] == 2
+    assert json.loads(after["metrics-infer_steps3-lam0.5.json"])["infer_steps"] == 3
     assert train.main([*argv, "--eval", "--memory-gb", "0"]) == 0         # images and maps on disk
     old, new = (json.loads(files["metrics.json"]) for files in (before, contents(folder)))
     old.pop("seconds_per_image"), new.pop("seconds_per_image")
@@ -480,8 +482,8 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
     refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
             "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
     refused(capsys, [*argv, str(tmp_path / "absent.pkl")], "does not exist")
-    trained = argv_for(parts, "--preset", "authors", "--channels", "32", "--steps", "1", "--name",
-                       "trained")
+    trained = argv_for(parts, "--preset", "authors", "--channels", "32", "--steps", "1",
+                       "--infer-steps", "1", "--name", "trained")
     assert train.main(trained) == 0
     before = contents(parts.parent / "runs" / "parts" / "bolt-trained")
     refused(capsys, [*trained, "--eval", "--weights", str(tmp_path / "bolt_model.pkl")],

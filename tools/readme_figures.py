@@ -1,20 +1,24 @@
-"""The README's pictures, drawn with a run's model.
+"""The README's pictures, drawn with the models of one run or several.
 
-    python tools/readme_figures.py runs/demo/fabric      writes docs/method.png and docs/demo.png
+    python tools/readme_figures.py runs/demo/fabric runs/demo/blister runs/demo/gear
 
-demo.png has the first test image of every kind of defect. method.png is one step back: x_t, M_t,
-eps_t, n_t and x_{t-1}, as Eq. 4 joins them. x_t is a training image with a synthetic anomaly at t =
-T; the step goes half the way at once, because one of twenty changes too little to be seen.
+docs/method.png is one step back of the first run: x_t, M_t, eps_t, n_t and x_{t-1}, as Eq. 4 joins
+them. x_t is a training image with a synthetic anomaly at t = T; the step goes half the way at once,
+because one of twenty changes too little to be seen. docs/demo.png has two test images of every run:
+the first of its first and of its last kind of defect, by name.
 """
 import argparse
 import dataclasses
+import io
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from evaluate import draw_rows, pick_rows
 from runs import load_model, load_source
@@ -28,16 +32,32 @@ PANEL, GAP, ABOVE, BELOW, DPI = 256, 26, 84, 66, 100                     # pixel
 @exit_status
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the README's pictures.")
-    parser.add_argument("run", help="a run folder")
+    parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--root", default="data", help="where the data sets lie (default: data)")
     parser.add_argument("--batch", type=int, default=3, help="number of the training batch, whose "
                         "first image is drawn")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="the pictures' folder")
     flags = parser.parse_args(argv)
 
-    model, s, _ = load_model(Path(flags.run) / "last.pt", torch.device("cpu"))
-    source = load_source(dataclasses.replace(s, root=flags.root, device="cpu"))
-    x, eps, M, _, _ = make_batch(s, source, model.last_step, flags.batch, torch.device("cpu"))
+    pictures = []
+    for run in flags.runs:
+        model, s, _ = load_model(Path(run) / "last.pt", torch.device("cpu"))
+        source = load_source(dataclasses.replace(s, root=flags.root, device="cpu"))
+        if not pictures:
+            draw(*half_way_back(model, s, source, flags.batch), flags.out / "method.png")
+        items = source.category.test
+        defects = [k for k in pick_rows(items, 1) if items[k].label]
+        shown = [defects[0], defects[-1]]
+        file = io.BytesIO()
+        draw_rows(file, model, s, source.test[shown],
+                  [f"{s.category}\n{items[k].defect}" for k in shown], [source.masks[k] for k in shown])
+        pictures.append(np.asarray(Image.open(file).convert("RGB")))
+    Image.fromarray(np.concatenate(pictures)).save(flags.out / "demo.png", optimize=True)
+
+
+def half_way_back(model, s, source, batch: int) -> tuple[Step, float, float]:
+    """Eq. 4 from t = T to the middle, of the first image of a training batch; both betas."""
+    x, eps, M, _, _ = make_batch(s, source, model.last_step, batch, torch.device("cpu"))
     x, eps, M = x[:1], eps[:1], M[:1]
     t, t_prev = model.path(2)[:2]
     beta, beta_prev = model.beta[t], model.beta[t_prev]
@@ -45,14 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         eps_t, n_t, logit = model.predict(x_t, torch.zeros_like(M), torch.tensor([t]))
     x_prev = reverse_step(x_t, (logit > 0).float(), eps_t, n_t, beta, beta_prev)    # Eq. 4
-    draw(Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev), beta.item(), beta_prev.item(),
-         flags.out / "method.png")
-
-    items = source.category.test
-    shown = [k for k in pick_rows(items, 1) if items[k].label]
-    with open(flags.out / "demo.png", "wb") as file:
-        draw_rows(file, model, s, source.test[shown], [items[k].defect for k in shown],
-                  [source.masks[k] for k in shown])
+    return Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev), beta.item(), beta_prev.item()
 
 
 def draw(step: Step, beta_t: float, beta_prev: float, out: Path) -> None:
