@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         shown = [defects[0], defects[-1]]
         file = io.BytesIO()
         draw_rows(file, model, s, source.test[shown],
-                  [f"{s.category}\n{items[k].defect}" for k in shown], [source.masks[k] for k in shown])
+                  [f"{s.category}\n{items[k].defect}" for k in shown],
+                  [source.masks[k] for k in shown])
         pictures.append(np.asarray(Image.open(file).convert("RGB")))
     Image.fromarray(np.concatenate(pictures)).save(flags.out / "demo.png", optimize=True)
 
