@@ -42,10 +42,11 @@ def demo_root(data_folder) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def training(request, data_folder, tmp_path_factory):
     """The small model's training, on one core beside the tests that do without it; its arguments
-    and the file of what it prints. It draws what it needs of the demo data."""
+    and the file of what it prints."""
     if not any({"small", "executed"} & {*item.fixturenames} for item in request.session.items):
         yield
         return
+    demo.write(data_folder / "demo", "fabric")
     out = tmp_path_factory.mktemp("small") / "runs"
     argv = [*SMALL, "--root", str(data_folder), "--out", str(out)]
     code = (f"import sys, evaluate, train; evaluate.SYNTHETIC = {SYNTHETIC}; "
@@ -72,7 +73,8 @@ def trained(training) -> tuple[Path, list[str]]:
 
 def pytest_collection_modifyitems(items):
     """Last come the tests of what is made beside the others: of the small model, then of the
-    notebooks, which the first test has run as soon as that model is trained."""
+    notebooks, which the first test has run as soon as that model is trained. By then both cores are
+    free for the tests of several ranks."""
     items.sort(key=lambda item: (item.name != "test_there_are_notebooks",
-                                 "small" in item.fixturenames,
+                                 "small" in item.fixturenames or item.path.stem == "test_ranks",
                                  item.name.startswith("test_notebook_runs")))
