@@ -178,8 +178,7 @@ def test_controls_training_and_true_labels_matter(small, demo_root):
     """Above the untrained network, and above a per-pixel model; chance under permuted labels."""
     folder, argv = small
     trained = json.loads((folder / "metrics.json").read_text())
-    assert train.main([*argv, "--steps", "1", "--lr", "0", "--infer-steps", "1", "--name",
-                       "untrained"]) == 0
+    assert train.main([*argv, "--steps", "1", "--lr", "0", "--name", "untrained"]) == 0
     untrained = json.loads((folder.parent / "fabric-untrained" / "metrics.json").read_text())
     pixelwise = mean_std_model(demo_root, "fabric")[1]
     for name in ("image_auroc", "aupro"):
@@ -473,8 +472,8 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
 
 def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys):
     torch.save(authors_state(), tmp_path / "bolt_model.pkl")
-    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0",
-                    "--hold-out", "0", "--eval", "--weights")
+    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0", "--eval",
+                    "--weights")
     assert train.main([*argv, str(tmp_path / "bolt_model.pkl")]) == 0
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert json.loads((folder / "metrics.json").read_text())["infer_steps"] == 18
