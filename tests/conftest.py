@@ -66,6 +66,7 @@ def small(training, demo_root) -> tuple[Path, list[str]]:
 
 
 def trained(training) -> tuple[Path, list[str]]:
+    """What `small` is, for who waits in a thread."""
     process, argv, log = training
     assert process.wait() == 0, log.read_text()
     return Path(argv[-1]) / "demo" / "fabric", argv
