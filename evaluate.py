@@ -205,11 +205,11 @@ def in_words(normal: dict, image: metrics.Threshold) -> str:
     if normal.get("trained"):
         counts += f" and {len(normal['trained'])} training"
     found = synthetic_found(normal, image)
-    return (f"threshold {image.value:.4f}, from {counts} images: of 100 good parts like these "
-            f"about {100 * image.rate:.0f} will be called defective ({100 * image.low:.0f} to "
-            f"{100 * image.high:.0f} is plausible)"
+    return (f"threshold {image.value:.4f}, from {counts} images\n"
+            f"  of 100 good parts like these about {100 * image.rate:.0f} will be called defective "
+            f"({100 * image.low:.0f} to {100 * image.high:.0f} is plausible)"
             + ("" if found is None else
-               f"; of {len(normal['synthetic'])} faint synthetic defects painted on the held-out "
+               f"\n  of {len(normal['synthetic'])} faint synthetic defects painted on the held-out "
                f"images {round(found * len(normal['synthetic']))} are found"))
 
 
