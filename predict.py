@@ -32,8 +32,8 @@ import data
 from data import open_image, preprocess, scale, to_rgb
 from evaluate import (final_maps, image_scores, in_words, network_calls, normal_scores, over_grey,
                       printable, threshold)
-from runs import (Source, add_to_checkpoint, load_model, locked, make_folder, save_atomically,
-                  save_csv)
+from runs import (Source, add_to_checkpoint, load_model, load_torch, locked, make_folder,
+                  save_atomically, save_csv)
 from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
 
@@ -88,7 +88,7 @@ class Inspection:
         """Each 8-connected region of the map above the threshold, the highest first.
 
         x, y: the box's left and top; width, height; area: all in pixels of the image's own size;
-        peak: the map's maximum. None without a threshold.
+        peak: the map's maximum. An empty list for a normal image, and without a threshold.
         """
         if self.verdict != "defective":
             return []
@@ -111,11 +111,12 @@ class Inspection:
 class Inspector:
     """A trained model that inspects images; `load` makes it.
 
-    threshold: metrics.Threshold, or None for a model without held-out images.
+    threshold: metrics.Threshold, or None for a model without held-out images. batch: images that go
+    through the network at a time.
     """
 
-    def __init__(self, model: TransFusion, s: Settings, normal: dict | None):
-        self.model, self.s, self.normal = model, s, normal
+    def __init__(self, model: TransFusion, s: Settings, normal: dict | None, batch: int = 8):
+        self.model, self.s, self.normal, self.batch = model, s, normal, batch
         self.threshold = threshold(normal, s) if normal else None
 
     def inspect(self, images):
@@ -125,9 +126,12 @@ class Inspector:
         RGBA, of any size. Raises ValueError for anything else, and for a file that is no image.
         """
         if not isinstance(images, (list, tuple)):
-            return self.inspect([images])[0]
-        if not images:
-            return []
+            return self.inspect_batch([images])[0]
+        return [found for start in range(0, len(images), self.batch)
+                for found in self.inspect_batch(images[start:start + self.batch])]
+
+    def inspect_batch(self, images) -> list[Inspection]:
+        """`inspect` for a list that goes through the network at once."""
         pictures = [as_rgb(image) for image in images]
         ready = np.stack([preprocess(image, self.s.resize, self.s.crop) for image in pictures])
         x = scale(torch.tensor(ready).to(next(self.model.parameters()).device))
@@ -155,7 +159,7 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     s = dataclasses.replace(s, **changes)
     check(s)
     network_calls(model, s)
-    return Inspector(model, s, state.get("normal"))
+    return Inspector(model, s, state.get("calibrated") or state.get("normal"))
 
 
 def as_rgb(image) -> Image.Image:
@@ -262,9 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse(argv)
     changes = {k: getattr(flags, k) for k in ("false_alarms", "infer_steps")
                if getattr(flags, k) is not None}
-    model = load(flags.run, flags.device, **changes)
     if flags.calibrate:
-        model = calibrate(model, Path(flags.run).expanduser(), flags)
+        calibrate(load(flags.run, flags.device), Path(flags.run).expanduser(), flags)
+    model = load(flags.run, flags.device, **changes)
+    model.batch = flags.batch
     say_threshold(model, flags.run)
     if not flags.images:
         return 0
@@ -330,15 +335,16 @@ def remove_old(out: Path) -> None:
     for name in names:
         for folder in PICTURES[:2]:
             path = out / folder / f"{name}.png"
-            if ".." not in path.parts:
+            if ".." not in path.parts and not Path(name).is_absolute():
                 path.unlink(missing_ok=True)
 
 
-def calibrate(model: Inspector, run: Path, flags) -> Inspector:
+def calibrate(model: Inspector, run: Path, flags) -> None:
     """--calibrate: take the threshold of a trained model from photos of good parts, and keep it.
 
-    They count as held-out images. The images that gave the former threshold count with those of
-    the training: a few photos alone would bound the false alarms worse than these did.
+    They count as held-out images, in place of those of an earlier call. The run's own held-out
+    images count with those of the training: a few photos alone would bound the false alarms worse
+    than these did.
     """
     files, notes = find_images(flags.calibrate, Path(flags.out or "."))
     for note in notes:
@@ -351,11 +357,12 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     normal = normal_scores(model.model, s, Source(
         category, photos, np.array([], int), np.arange(len(files)), foreground,
         data.Textures(root, s.crop), [], None, []))
-    if model.normal and model.normal["infer_steps"] == normal["infer_steps"]:
-        normal["trained"] = model.normal["images"] + model.normal.get("trained", [])
     path = run / "last.pt" if run.is_dir() else run
+    own = load_torch(path).get("normal")                   # the training's
+    if own:
+        normal["trained"] = own["images"] + own.get("trained", [])
     with locked(path.parent):
-        add_to_checkpoint(path, normal=normal)
+        add_to_checkpoint(path, calibrated=normal)
     found = Inspector(model.model, s, normal)
     print(f"{path}: " + (f"threshold {model.threshold.value:.4f} before, " if model.threshold else
                          "no threshold before, ") + f"{found.threshold.value:.4f} now")
@@ -363,7 +370,6 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     if len(files) + len(normal["trained"]) < needed:
         print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
               f"{needed} can")
-    return found
 
 
 def say_threshold(model: Inspector, run: str) -> None:
@@ -462,6 +468,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give IMAGES to inspect, or --calibrate GOOD_PHOTOS")
     if flags.images and not flags.out:
         parser.error("the following arguments are required: --out")
+    if not flags.images and (flags.false_alarms is not None or flags.infer_steps is not None):
+        parser.error("--false-alarms and --infer-steps are for IMAGES; --calibrate takes the run's")
     return flags
 
 

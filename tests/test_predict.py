@@ -194,6 +194,25 @@ def test_the_map_of_the_run_is_the_one_inspected(small):
         assert found.score == pytest.approx(want, rel=1e-4)
 
 
+def test_a_long_list_goes_through_the_network_in_parts(small, photos, monkeypatch):
+    model, sizes = predict.load(small[0], infer_steps=1), []
+    restore = model.model.restore
+    monkeypatch.setattr(model.model, "restore", lambda x, *a: sizes.append(len(x)) or restore(x, *a))
+    files = [str(file) for file in sorted(photos.rglob("*.png"))]
+    found = model.inspect(files + files[:3])
+    assert sizes == [8, 3] and [f.score for f in found[8:]] == \
+        pytest.approx([f.score for f in found[:3]], rel=1e-4)
+    assert model.inspect([]) == []
+
+
+def test_old_pictures_outside_the_folder_stay(tmp_path):
+    (tmp_path / "mine.png").touch(), (tmp_path / "out" / "heatmaps").mkdir(parents=True)
+    (tmp_path / "out" / "heatmaps" / "old.png").touch()
+    (tmp_path / "out" / "scores.csv").write_text(f"file\n{tmp_path / 'mine'}\n../mine\nold\n")
+    predict.remove_old(tmp_path / "out")
+    assert (tmp_path / "mine.png").exists() and not list((tmp_path / "out").rglob("*.png"))
+
+
 def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, capsys):
     limits = []
     for rate in ("0.01", "0.5"):
@@ -231,8 +250,15 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
     assert predict.main([str(model), str(photos), "--out", str(tmp_path / "o")]) == 0
     assert {row["verdict"] for row in rows_of(tmp_path / "o" / "scores.csv")} == {"normal"}
     one = str(min(photos.rglob("*.png"), key=lambda file: predict.load(model).inspect(file).score))
-    assert predict.main([str(model), "--calibrate", one]) == 0            # one photo adds to the eight
-    assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
+    assert predict.main([str(model), "--calibrate", one]) == 0               # in place of the eight
+    assert predict.load(model).threshold.value == pytest.approx(min(scores), rel=1e-5)
+    for _ in range(2):
+        assert predict.main([str(model), "--calibrate", str(photos)]) == 0
+        assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
+        assert "from 8 held-out images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        predict.main([str(model), "--calibrate", one, "--false-alarms", "0.5"])
+    assert "are for IMAGES" in capsys.readouterr().err
     assert "Inspection(score" in repr(predict.load(model).inspect(one))
 
 
