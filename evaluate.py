@@ -119,12 +119,16 @@ def prepare(model: TransFusion, s: Settings, source: Source) -> dict:
     """Show a trained model of a method that asks for it the training images once more.
 
     Returns what the checkpoint is to hold then in place of what it holds, {} for other methods.
+    Raises InputError where the method lacks something.
     """
     if not hasattr(model, "prepare"):
         return {}
     device = next(model.parameters()).device
     model.eval()
-    model.prepare(data.scale(source.images[source.train[:PREPARED]].to(device)))
+    try:
+        model.prepare(data.scale(source.images[source.train[:PREPARED]].to(device)))
+    except ValueError as error:
+        raise InputError(str(error))
     return {"ema" if s.ema else "model": model.state_dict()}
 
 

@@ -1,6 +1,6 @@
 """Synthetic anomalies (paper, section 3.3): Perlin masks, simulated guides, anomaly appearances.
 
-Everything is generated for a batch at once, as tensors on the device of the images. All random
+Masks are generated for a batch at once, as tensors on the device of the images. All random
 numbers come from a NumPy generator on the CPU, so a seed means the same on every device, and
 nothing is read back from the device. The readings are in docs/differences.md.
 """

@@ -71,7 +71,7 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
     limit = s.memory_gb * 1e9
     images = data.Images(category.train, s.resize, s.crop, limit, "training images", True)
     test = data.Images([item.path for item in category.test], s.resize, s.crop,
-                       limit - images.bytes, "test images", True)
+                       limit - images.bytes * images.in_memory, "test images", True)
     masks = None
     if category.annotated and category.test:
         masks = np.stack([data.load_mask(item, SCORING_GRID, scoring_side(s))
@@ -85,9 +85,15 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
     else:
         held = min(max(round(s.hold_out * len(images)), 1), len(images) - 1) if s.hold_out else 0
         held_out, in_training = order[:held], order[held:]
-    place = s.foreground if training or s.foreground == "none" else "auto"    # masks may be gone
+    gone = s.foreground not in ("auto", "none") and not Path(s.foreground).is_dir()
+    place = "auto" if gone and not training else s.foreground
     foreground, found = data.foreground_masks(images, category, place, True)
     textures = data.Textures(root, s.crop)
+    begun = kept.get("textures", textures.count) if training else textures.count
+    if begun != textures.count:
+        raise InputError(f"this run was begun with {begun} textures, now there are "
+                         f"{textures.count}: {textures.source}; put --root back, or give another "
+                         f"--name")
     where = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
     notes = [f"{len(in_training)} normal images to train on, {len(held_out)} held out, {len(test)} "
              f"to test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {where})",
@@ -99,14 +105,17 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
 def truth_kept(items: list[data.Item], masks: np.ndarray) -> list[str]:
     """What the scoring grid and the centre crop leave of the ground truth, in a line; a second one
     names the masks that are empty from the start."""
-    there = [(item.mask, data.read_mask(item.mask), mask) for item, mask in zip(items, masks)
-             if item.mask]
-    empty = [path for path, whole, _ in there if not whole.any()]
-    outside = sum(bool(whole.any()) and not mask.any() for _, whole, mask in there)
-    regions = [sum(ndimage.label(part, np.ones((3, 3)))[1] for part in parts)
-               for parts in ([whole for _, whole, _ in there], [mask for *_, mask in there])]
-    notes = [f"ground truth: {regions[0]} regions in {len(there)} masks, {regions[1]} where they "
-             f"are scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
+    there, outside, regions, empty = 0, 0, np.zeros(2, int), []
+    for item, mask in zip(items, masks):
+        if item.mask:
+            whole = data.read_mask(item.mask)
+            there += 1
+            regions += [ndimage.label(part, np.ones((3, 3)))[1] for part in (whole, mask)]
+            outside += bool(whole.any()) and not mask.any()
+            if not whole.any():
+                empty.append(item.mask)
+    notes = [f"ground truth: {regions[0]} regions in {there} masks, {regions[1]} where they are "
+             f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
     if empty:
         notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
                      f"scored: {', '.join(map(str, empty[:9]))}")
@@ -132,6 +141,7 @@ def keep_data(folder: Path, source: Source) -> None:
     category, paths = source.category, source.images.paths
     save_json(folder / "data.json", {
         "root": str(category.root.resolve()), "files": fingerprint(category),
+        "textures": source.textures.count,
         **{title: [name_in(category, paths[k]) for k in indices]
            for title, indices in (("train", source.train), ("held_out", source.held_out))}})
 
@@ -211,6 +221,9 @@ def save_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except torch.OutOfMemoryError:                                   # of a model that drew it
+        part.unlink(missing_ok=True)
+        raise
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         cause = (isinstance(error, RuntimeError) and error.__context__) or error    # torch wraps it

@@ -102,6 +102,11 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
             except InputError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
+            except torch.OutOfMemoryError as error:
+                first = str(error).split(". ")[0]
+                print(f"error: the GPU's memory is full ({first}); take a smaller --batch, in "
+                      f"train.py also --eval-batch, or --recompute", file=sys.stderr)
+                return 2
             except KeyboardInterrupt as interrupt:
                 print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
                 return 130
@@ -311,6 +316,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     given = vars(command_line().parse_args(argv))
     flags = argparse.Namespace(**{k: given.pop(k)
                                   for k in ("eval", "eval_every", "resume", "weights")})
+    if flags.eval_every < 0:
+        raise InputError(f"--eval-every {flags.eval_every}: must be at least 0, which is never")
     if given.get("final_mask") == "last":
         given.setdefault("infer_steps", 0)                # M_1 is the last of all steps alone
     flags.given = set(given)
@@ -328,8 +335,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     if given.get("data", "demo") not in KNOWN_DATA:
         given.setdefault("hold_out", 0.1)                 # own parts get a threshold everywhere
     usual = Settings(**usual_values(given.get("method", "transfusion"), preset))
-    if "resize" in given and usual.crop == usual.resize:
-        given.setdefault("crop", given["resize"])         # where nothing is cropped, nothing will
+    if "resize" in given:                                 # the same share is left out
+        given.setdefault("crop", given["resize"] * usual.crop // usual.resize // 8 * 8)
     if "epochs" in given:
         given.setdefault("steps", 0)                      # the flag beats a preset's steps
     settings = dataclasses.replace(usual, **{**given, "preset": preset, "device": str(device)})
@@ -375,7 +382,8 @@ def check(s: Settings) -> None:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
     for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1),
                       ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1),
-                      ("clip", 0), ("seed", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0)):
+                      ("clip", 0), ("seed", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0),
+                      ("rotation", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must be at least {low}")
@@ -384,6 +392,8 @@ def check(s: Settings) -> None:
         if not 0 <= getattr(s, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                              f"must lie in 0..{high}")
+    if s.ema == 1:
+        raise InputError("--ema 1: the average would stay at the first step's weights; below 1")
     if s.channels < 8 or s.channels % 8:
         raise InputError(f"--channels {s.channels}: must be a multiple of 8")
     if s.kernel < 1 or s.kernel % 2 == 0:

@@ -55,7 +55,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     A step whose loss or gradient is not finite changes nothing. A training that runs away goes back
     to its last checkpoint, with half the learning rate from there; what is sick is never saved.
     Returns the model to score, averaged where the settings say so, and the progress record.
-    Raises InputError where it runs away again after RETURNS times.
+    Raises InputError where it runs away again after RETURNS times, KeyboardInterrupt, with all
+    saved, where it was asked to stop.
     """
     device, per_epoch = torch.device(s.device), steps_per_epoch(s, source)
     steps = s.steps or s.epochs * per_epoch
@@ -69,14 +70,13 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     scored = average.module if average else model
     start = time.perf_counter() - progress["seconds"]
     due = False
-    if not state:
-        save_progress(folder, s, model, average, optimizer, progress)
+    save_progress(folder, s, model, average, optimizer, progress)      # unfinished, from here on
     with Interruption() as interruption, progress_bar(
             total=steps, initial=progress["step"], desc=s.category, unit="step") as bar:
         while progress["step"] < steps:
             model.stage, place, length = find_stage(model, progress["step"], steps)
-            if place == 0:
-                progress["usual"] = {}                     # another stage, other losses
+            if progress["usual"].get("stage") != model.stage:        # other losses
+                progress["usual"] = {"stage": model.stage}
             rate = learning_rate(s, place, length, per_epoch) / 2 ** progress["returns"]
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -106,7 +106,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
             bar.update()
             if progress["step"] % per_epoch == 0 or at_end:
                 close_epoch(progress, per_epoch, rate, bar)
-                score_epoch(scored, s, source, folder, progress, eval_every)
+                if not progress["high"]:
+                    score_epoch(scored, s, source, folder, progress, eval_every)
             asked_to_stop = any_rank(interruption.asked, device)
             due = due or asked_to_stop or at_end or progress["step"] % s.checkpoint_every == 0
             if due and (at_end or not progress["high"]):           # else when it is well again
@@ -248,11 +249,12 @@ def count_step(progress: dict, found: dict[str, float], seconds: float) -> None:
     added = found if finite else dict.fromkeys(found, 0.0)
     gradient = max(sums.get("gradient", 0.0), added["gradient"])
     progress["sums"] = {k: sums.get(k, 0.0) + v for k, v in added.items()}
-    progress["sums"].update(gradient=gradient, steps=sums.get("steps", 0) + finite)
+    progress["sums"].update(gradient=gradient, steps=sums.get("steps", 0) + finite,
+                            skipped=sums.get("skipped", 0) + (not finite))
     if not high:
         known = min(known + 1, MEMORY)
-        progress["usual"] = {k: (usual.get(k, 0.0) * (known - 1) + found[k]) / known for k in FAR}
-        progress["usual"]["steps"] = known
+        means = {k: (usual.get(k, 0.0) * (known - 1) + found[k]) / known for k in FAR}
+        progress["usual"] = {**usual, **means, "steps": known}
 
 
 def go_back(progress: dict, found: dict[str, float], s: Settings, model: TransFusion, optimizer,
@@ -283,13 +285,12 @@ def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
     """Turn the sums into a row of the log: the epoch's mean losses, its largest gradient norm and
     the number of steps skipped."""
     sums = dict(progress["sums"])
-    counted = sums.pop("steps")
+    counted, skipped = sums.pop("steps"), sums.pop("skipped")
     gradient = sums.pop("gradient") if counted else math.nan
     means = {k: v / counted if counted else math.nan for k, v in sums.items()}
-    done = (progress["step"] - 1) % per_epoch + 1              # the last epoch may be cut short
     progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
                             "step": progress["step"], **means, "gradient": gradient,
-                            "skipped": done - counted, "lr": rate,
+                            "skipped": skipped, "lr": rate,
                             "seconds": round(progress["seconds"], 1)})
     progress["sums"] = {}
     bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
@@ -387,6 +388,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     if (folder / "data.json").exists():
         refuse_other_data(folder, data.find_category(s.data, s.category, data.root_folder(s.root)))
     if (folder / "metrics.json").exists():
+        if read_json(folder / "metrics.json").get("step") == 0:
+            raise InputError(f"{folder} holds scored --weights; give this training a --name")
         there = read_json(folder / "config.json")
         if (there["steps"], there["epochs"]) == (s.steps, s.epochs):
             print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
@@ -397,6 +400,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
             raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
                              f"NAME starts another")
         begun, state = load_checkpoint(folder / "last.pt")
+        if not state["optimizer"]:
+            raise InputError(f"{folder} holds scored --weights; give this training a --name")
         if begun.precision != s.precision:
             print(f"  goes on in {s.precision}; it was begun in {begun.precision}")
     elif flags.resume:
@@ -569,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             rows.append(score_again(one, flags) if flags.eval else train_category(one, flags))
         except InputError as error:
-            if len(names) == 1:
+            if len(names) == 1 or RANKS > 1:               # the other ranks have not failed
                 raise
             print(f"error: {error}", file=sys.stderr)
             failed.append(one.category)

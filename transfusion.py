@@ -350,7 +350,7 @@ class Step(NamedTuple):
 
 
 class Restoration(NamedTuple):
-    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1]."""
+    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1] (D3AD's: about)."""
     x_0: Tensor
     M_disc: Tensor
     M_recon: Tensor

@@ -228,11 +228,13 @@ class VAE(nn.Module):
         return method.run(self.decoder, z * self.std + self.mean)
 
 
-def resnet(weights: str) -> nn.Module:
-    """torchvision's ResNet-34, giving its layers 1, 2 and 3; with the weights of a file that is
-    there. Raises ValueError for a file of other content."""
+def resnet(weights: str, there: bool = False) -> nn.Module:
+    """torchvision's ResNet-34, giving its layers 1, 2 and 3; with the weights of a file if it is
+    there. Raises ValueError for a file of other content, and for none where it has to be there."""
     net = resnet34()
     try:
+        if there and not Path(weights).is_file():
+            raise ValueError(f"--resnet34 {weights}: gone since the training began; put it back")
         if Path(weights).is_file():
             net.load_state_dict(torch.load(weights, weights_only=True))
     except (RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError):

@@ -131,8 +131,10 @@ class D3AD(Method):
         return self.run(self.phi, x)[:3]
 
     def distance(self, features: Tensor, itself: int = 0) -> Tensor:
-        """Mean L1 distance [B] to the K nearest in the bank; itself 1: less the nearest."""
+        """Mean L1 distance [B] to the K nearest in the bank; itself 1: less the nearest, where
+        there are others."""
         count = int(self.count)
+        itself = min(itself, count - 1)
         K = max(1, min(NEIGHBOURS, count // 4))
         near = torch.cdist(features, self.bank[:count], p=1).topk(K + itself, largest=False).values
         return near[:, itself:].mean(1)
@@ -162,9 +164,10 @@ class D3AD(Method):
 
     def prepare(self, images: Tensor) -> None:
         """One epoch of Eq. 10 on phi as it was before; then the neighbours, the distances' range
-        and the two ranges of Eq. 9, all from training images [N, 3, H, W]."""
+        and the two ranges of Eq. 9, all from training images [N, 3, H, W]. Raises ValueError where
+        the weights of --resnet34 are gone."""
         rng = torch.Generator().manual_seed(0)
-        before = resnet(self.resnet34) if self.resnet34 else self.vae.encoder
+        before = resnet(self.resnet34, there=True) if self.resnet34 else self.vae.encoder
         self.phi.load_state_dict(before.state_dict())
         optimizer = torch.optim.AdamW(self.phi.parameters(), 1e-4)
         for x in images.split(8):

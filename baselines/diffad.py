@@ -30,7 +30,6 @@ from baselines.common import (VAE, Method, UNet, at, clean_estimate, ddim_step, 
 from baselines.draem import Segmenter, damaged_image, focal_loss, opacity
 from transfusion import Restoration, reconstruction_error
 
-VARIANTS = ("diffad", "f_and_r", "c", "no_inter", "x_a_inter")
 FROM = 800                              # the step that f_and_r starts at
 CALLS, DRAWS = 5, 4
 

@@ -509,12 +509,36 @@ def test_d3ad_features_of_a_resnet(tmp_path):
     other = runs.build_model(s).eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other.restore(x[:2]).M_recon, model.restore(x[:2]).M_recon)
+    with pytest.raises(ValueError, match="resnet34.pth: gone since"):
+        model.prepare(x)
     torch.save({"conv1.weight": first}, file)
     with pytest.raises(settings.InputError, match="not the weights of torchvision's resnet34"):
         runs.build_model(s)
 
 
+def test_d3ad_with_one_training_image():
+    (model, _), x = tiny("d3ad"), torch.rand(2, 3, 32, 32) * 2 - 1
+    model.prepare(x[:1])
+    assert all(part.isfinite().all() for part in model.restore(x[1:]))
+
+
 # ---------------------------------------------------------------- all, through the loop
+
+def test_what_is_usual_in_a_stage_is_no_measure_for_another(parts, monkeypatch):  # noqa: F811
+    """A finished training of three stages is lengthened, and goes on in its second one."""
+    argv = argv_for(parts, "--method", "diffad", "--channels", "16", "--steps")
+    seen = []
+    monkeypatch.setattr(train, "finish", lambda *_: {"category": "bolt"})
+    assert train.main([*argv, "12"]) == 0
+
+    def stop(progress, *_):
+        seen.append(progress["usual"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "count_step", stop)
+    assert train.main([*argv, "24", "--resume"]) == 130
+    assert seen == [{"stage": 1}]
+
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):  # noqa: F811

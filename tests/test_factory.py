@@ -255,6 +255,23 @@ def test_a_warning_without_end_is_counted(tmp_path, capsys):
     assert len(lines) == 4 and "2.png" in lines[2] and "6 more like this" in lines[3]
 
 
+def test_a_full_gpu_is_one_line(tmp_path, capsys):
+    @exit_status
+    def command():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    assert command() == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "memory is full (CUDA out of memory)" in line and "--batch" in line
+
+    def draw(file):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):              # no word about a full disk
+        runs.save_atomically(tmp_path / "picture.png", draw)
+    assert not list(tmp_path.iterdir())
+
+
 KINDS = {"RGB": lambda a: a, "grey": lambda a: a[..., 0], "grey, 1": lambda a: a[..., :1],
          "RGBA": lambda a: np.dstack([a, a[..., 0]]),
          "16 bits": lambda a: a.astype(np.uint16) * 257,
@@ -784,8 +801,18 @@ def test_a_finished_run_is_trained_for_longer(factory, capsys):
             "--name NAME begins another from the start")
     assert train.main([*words, "--steps", "9", "--resume"]) == 0
     assert json.loads((run / "metrics.json").read_text())["step"] == 9
-    assert [row["step"] for row in rows_of(run / "log.csv")][-1] == "9"
+    log = rows_of(run / "log.csv")
+    assert log[-1]["step"] == "9" and all(row["skipped"] == "0" for row in log)
     refused(capsys, [*words, "--steps", "7", "--resume"], "9 steps long already")
+
+
+def test_a_training_does_not_go_on_with_other_textures(factory, capsys):
+    words = [*argv_for(factory / "parts"), "--steps", "9", "--resume"]
+    kept = json.loads((factory / "runs/parts/bolt/data.json").read_text())
+    png(factory / "dtd" / "images" / "dotted" / "1.jpg", picture(50))
+    refused(capsys, words, f"begun with {kept['textures']} textures, now there are 1", "--root")
+    shutil.rmtree(factory / "dtd")
+    assert train.main(words) == 0
 
 
 def test_a_run_without_a_threshold_names_the_command_that_gives_one(factory, capsys):
@@ -795,6 +822,12 @@ def test_a_run_without_a_threshold_names_the_command_that_gives_one(factory, cap
     torch.save(state, path)
     assert inspect_with(path.parent, photos(factory / "line"), "--out", factory / "found") == 0
     assert re.search(r"no threshold.*python predict.py \S+ --calibrate", capsys.readouterr().out)
+    (path.parent / "metrics.json").unlink()
+    assert predict.main([str(path.parent), "--calibrate", str(factory / "line")]) == 0
+    assert predict.load(path).threshold
+    assert train.main([*argv_for(factory / "parts"), "--eval"]) == 0    # is still unfinished
+    assert not (path.parent / "metrics.json").exists()
+    assert (path.parent / "metrics-step6.json").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

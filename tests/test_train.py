@@ -383,6 +383,22 @@ def test_one_folder_of_masks_is_not_for_all_categories(parts, tmp_path, capsys):
     assert train.main(argv) == 0
 
 
+def test_scoring_takes_the_given_masks_while_they_are_there(parts, tmp_path):
+    s, _ = parse(argv_for(parts, "--foreground", str(tmp_path / "masks")))
+    (tmp_path / "masks").mkdir()
+    half = Image.new("L", (40, 40))
+    half.paste(255, (0, 0, 20, 40))
+    for k in range(12):
+        half.save(tmp_path / "masks" / f"{k}.png")
+    given = load_source(s).foreground
+    assert 0.5 <= given.float().mean() < 0.7
+    assert torch.equal(load_source(s, training=False).foreground, given)
+    shutil.rmtree(tmp_path / "masks")
+    assert load_source(s, training=False).foreground.any()
+    with pytest.raises(InputError, match="no such folder"):
+        load_source(s)
+
+
 def test_epochs_beat_the_steps_of_a_preset():
     assert parse(["--preset", "quick"])[0].steps == 1200
     assert parse(["--preset", "quick", "--epochs", "5"])[0].steps == 0
@@ -482,6 +498,10 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
     refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
             "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
     refused(capsys, [*argv, str(tmp_path / "absent.pkl")], "does not exist")
+    plain = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0")
+    refused(capsys, plain, "holds scored --weights", "--name")
+    (folder / "metrics.json").unlink()                                  # killed while it scored
+    refused(capsys, [*plain, "--resume"], "holds scored --weights", "--name")
     trained = argv_for(parts, "--preset", "authors", "--channels", "32", "--steps", "1",
                        "--infer-steps", "1", "--name", "trained")
     assert train.main(trained) == 0
@@ -503,8 +523,9 @@ def test_without_a_gpu_the_cpu_preset_is_taken_and_said(parts, capsys, monkeypat
 @pytest.mark.parametrize("preset, flags, crop", [
     ("cpu", [], 96), ("cpu", ["--resize", "256"], 256), ("quick", ["--resize", "64"], 64),
     ("authors", ["--resize", "320"], 320), ("cpu", ["--resize", "256", "--crop", "224"], 224),
-    ("paper", ["--resize", "288"], 224)])
-def test_a_preset_without_a_crop_has_none_at_another_size(preset, flags, crop):
+    ("paper", ["--resize", "512"], 448), ("paper", ["--resize", "288"], 248),
+    ("paper", ["--resize", "288", "--crop", "224"], 224)])
+def test_another_size_leaves_out_the_same_share(preset, flags, crop):
     assert parse(["--preset", preset, *flags])[0].crop == crop
 
 
@@ -549,6 +570,9 @@ def test_help_shows_every_field(capsys):
     (["--light", "-0.1"], ["--light -0.1", "0..1"]),
     (["--kernel", "4"], ["--kernel 4", "odd"]),
     (["--lr", "-1"], ["--lr -1"]),
+    (["--rotation", "-5"], ["--rotation -5", "at least 0"]),
+    (["--ema", "1"], ["--ema 1", "below 1"]),
+    (["--eval-every", "-1"], ["--eval-every -1", "at least 0"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--weight-decay", "-1"], ["--weight-decay -1", "at least 0"]),
     (["--device", "mps"], ["--device mps", "no such device"]),
