@@ -9,7 +9,6 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -385,7 +384,7 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     """Ground truth on the scoring grid, bool [crop, crop]: the image at grid x grid, then cropped.
 
     Pixels of the file that are not black are anomalous, in a JPEG or WebP those above half of its
-    range; values up to a tenth of it are no label but noise. A pixel of the grid is anomalous where
+    largest value; up to a tenth of that, where it exceeds 127, is no label but noise. A pixel of the grid is anomalous where
     at least half of its area is, and an 8-connected region of which the crop would show nothing for
     that reason keeps its best pixel there. Normal images: zeros. Raises InputError for a mask that
     is not of its image's size.
@@ -426,7 +425,7 @@ def read_mask(path: Path) -> np.ndarray:
     return values > least
 
 
-class Images(Sequence):
+class Images:
     """uint8 images [3, crop, crop] of a list of files, decoded once and kept in memory.
 
     Above `limit` bytes they are read from disk at every access instead (`in_memory` says).
@@ -434,13 +433,12 @@ class Images(Sequence):
     """
 
     def __init__(self, paths: list[Path], resize: int, crop: int, limit: float = 4e9,
-                 title: str = "", progress: bool = False):
+                 title: str = "images"):
         self.paths, self.resize, self.crop = paths, resize, crop
         self.bytes = len(paths) * 3 * crop * crop
         self.in_memory = self.bytes <= limit
         self.cache = np.empty((len(paths), 3, crop, crop), np.uint8) if self.in_memory else None
-        with progress_bar(paths, desc=title, unit="image", leave=False,
-                          disable=not progress) as bar:
+        with progress_bar(paths, desc=title, unit="image", leave=False) as bar:
             for k, path in enumerate(bar):
                 image = load_image(path, resize, crop)             # all are looked at before use
                 if self.in_memory:
@@ -511,8 +509,8 @@ def otsu(values: np.ndarray) -> float:
     return float(centres[between.argmax()])
 
 
-def foreground_masks(images: Images, category: Category, mode: str = "auto",
-                     progress: bool = False) -> tuple[Tensor, str]:
+def foreground_masks(images: Images, category: Category,
+                     mode: str = "auto") -> tuple[Tensor, str]:
     """Foreground of every training image, bool [N, 1, H, W], and a line that says what it is.
 
     mode: "auto" (found in the images), "none" (the whole image), or a folder of masks. MVTec AD's
@@ -528,8 +526,7 @@ def foreground_masks(images: Images, category: Category, mode: str = "auto",
     if mode != "auto":
         return given_foreground(images, category, Path(mode))
     masks, unsure = whole.clone(), 0
-    for k in progress_bar(range(N), desc="foreground", unit="image", leave=False,
-                          disable=not progress):
+    for k in progress_bar(range(N), desc="foreground", unit="image", leave=False):
         found = find_foreground(images[[k]][0].numpy())
         unsure += found is None
         if found is not None:

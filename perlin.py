@@ -101,7 +101,7 @@ def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor
 # ---------------------------------------------------------------- appearances
 
 # The ten operations of the authors' code, by torchvision in their ranges as far as it takes them.
-# Each takes (image, rng).
+# Each takes and gives an image, uint8 [3, H, W].
 
 def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.cat([TF.adjust_gamma(channel, g)

@@ -350,10 +350,10 @@ def calibrate(model: Inspector, run: Path, flags) -> None:
     for note in notes:
         print(f"note: {note}")
     s, root = model.s, data.root_folder(model.s.root)
-    photos = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos", True)
+    photos = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos")
     category = data.Category(s.data, s.category, root, files)
     foreground, _ = data.foreground_masks(photos, category, "none" if s.foreground == "none"
-                                          else "auto", True)
+                                          else "auto")
     normal = normal_scores(model.model, s, Source(
         category, photos, np.array([], int), np.arange(len(files)), foreground,
         data.Textures(root, s.crop), [], None, []))

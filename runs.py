@@ -69,9 +69,9 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
         category = dataclasses.replace(category, train=[p for name, p in names.items()
                                                         if name in every])
     limit = s.memory_gb * 1e9
-    images = data.Images(category.train, s.resize, s.crop, limit, "training images", True)
+    images = data.Images(category.train, s.resize, s.crop, limit, "training images")
     test = data.Images([item.path for item in category.test], s.resize, s.crop,
-                       limit - images.bytes * images.in_memory, "test images", True)
+                       limit - images.bytes * images.in_memory, "test images")
     masks = None
     if category.annotated and category.test:
         masks = np.stack([data.load_mask(item, SCORING_GRID, scoring_side(s))
@@ -87,7 +87,7 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
         held_out, in_training = order[:held], order[held:]
     gone = s.foreground not in ("auto", "none") and not Path(s.foreground).is_dir()
     place = "auto" if gone and not training else s.foreground
-    foreground, found = data.foreground_masks(images, category, place, True)
+    foreground, found = data.foreground_masks(images, category, place)
     textures = data.Textures(root, s.crop)
     begun = kept.get("textures", textures.count) if training else textures.count
     if begun != textures.count:
@@ -247,6 +247,7 @@ def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """Raises InputError for a file that is gone or no JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -313,6 +314,7 @@ def locked(folder: Path):
 
 
 def make_folder(folder: Path) -> None:
+    """Raises InputError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -345,6 +347,8 @@ def new_progress() -> dict:
 
 def save_checkpoint(path: Path, s: Settings, model: TransFusion, average, optimizer,
                     progress: dict) -> None:
+    """Write a training's whole state, for `load_checkpoint`; what goes beside the weights is
+    `new_progress`'s. Raises InputError where the disk does not take it."""
     state = {"format": FORMAT, "settings": dataclasses.asdict(s), "model": model.state_dict(),
              "ema": average.module.state_dict() if average else None,
              "optimizer": optimizer.state_dict() if optimizer else None, **progress}

@@ -120,11 +120,12 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
 def progress_bar(*args, leave: bool = True, **kwargs) -> tqdm:
     """A progress bar; where standard error is no terminal, a line a minute for the lasting ones."""
     terminal = sys.stderr.isatty()
-    return tqdm(*args, leave=leave, disable=kwargs.pop("disable", False) or not (terminal or leave),
+    return tqdm(*args, leave=leave, disable=not (terminal or leave),
                 mininterval=0.5 if terminal else 60, **kwargs)
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of --device, auto: a GPU where there is one. Raises InputError for another."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

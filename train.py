@@ -460,6 +460,8 @@ def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progre
 
 
 def start_model(s: Settings, weights: str) -> TransFusion:
+    """The model to train, on its device, with --weights where given. Raises InputError for weights
+    that do not fit."""
     model = build_model(s)
     if weights and not isinstance(model, TransFusion):
         raise InputError(f"--weights {weights}: the authors' weights are TransFusion's")

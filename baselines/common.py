@@ -225,6 +225,7 @@ class VAE(nn.Module):
         return (method.run(self.encoder, x)[-1][:, :4] - self.mean) / self.std
 
     def decode(self, method: Method, z: Tensor) -> Tensor:
+        """The image [B, 3, H, W], in about [-1, 1], of a normalised latent [B, 4, h, w]."""
         return method.run(self.decoder, z * self.std + self.mean)
 
 

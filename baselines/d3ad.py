@@ -140,6 +140,7 @@ class D3AD(Method):
         return near[:, itself:].mean(1)
 
     def pooled(self, features: list[Tensor]) -> Tensor:
+        """Of the second level's [B, C, h, w] the means over POOL x POOL parts, [B, C POOL^2]."""
         return F.adaptive_avg_pool2d(features[1], POOL).flatten(1)
 
     # ------------------------------------------------------------ Eq. 9, 10: the maps

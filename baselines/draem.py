@@ -39,6 +39,7 @@ def initialise(net: nn.Module) -> None:
 
 
 def enlarge(x: Tensor, side: tuple[int, int]) -> Tensor:
+    """x [B, C, h, w] brought to side = (H, W), corners on corners."""
     return F.interpolate(x, side, mode="bilinear", align_corners=True)
 
 
