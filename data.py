@@ -384,10 +384,10 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     """Ground truth on the scoring grid, bool [crop, crop]: the image at grid x grid, then cropped.
 
     Pixels of the file that are not black are anomalous, in a JPEG or WebP those above half of its
-    largest value; up to a tenth of that, where it exceeds 127, is no label but noise. A pixel of the grid is anomalous where
-    at least half of its area is, and an 8-connected region of which the crop would show nothing for
-    that reason keeps its best pixel there. Normal images: zeros. Raises InputError for a mask that
-    is not of its image's size.
+    largest value; up to a tenth of that, where it exceeds 127, is no label but noise. A pixel of
+    the grid is anomalous where at least half of its area is, and an 8-connected region of which the
+    crop would show nothing for that reason keeps its best pixel there. Normal images: zeros. Raises
+    InputError for a mask that is not of its image's size.
     """
     if item.mask is None:
         return np.zeros((crop, crop), bool)

@@ -266,9 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse(argv)
     changes = {k: getattr(flags, k) for k in ("false_alarms", "infer_steps")
                if getattr(flags, k) is not None}
+    model = load(flags.run, flags.device, **changes)
     if flags.calibrate:
         calibrate(load(flags.run, flags.device), Path(flags.run).expanduser(), flags)
-    model = load(flags.run, flags.device, **changes)
+        model = load(flags.run, flags.device, **changes)
     model.batch = flags.batch
     say_threshold(model, flags.run)
     if not flags.images:
@@ -335,7 +336,7 @@ def remove_old(out: Path) -> None:
     for name in names:
         for folder in PICTURES[:2]:
             path = out / folder / f"{name}.png"
-            if ".." not in path.parts and not Path(name).is_absolute():
+            if ".." not in Path(name).parts and not Path(name).is_absolute():
                 path.unlink(missing_ok=True)
 
 
@@ -359,7 +360,7 @@ def calibrate(model: Inspector, run: Path, flags) -> None:
         data.Textures(root, s.crop), [], None, []))
     path = run / "last.pt" if run.is_dir() else run
     own = load_torch(path).get("normal")                   # the training's
-    if own:
+    if own and own["infer_steps"] == normal["infer_steps"]:
         normal["trained"] = own["images"] + own.get("trained", [])
     with locked(path.parent):
         add_to_checkpoint(path, calibrated=normal)

@@ -50,7 +50,8 @@ class Source:
 def load_source(s: Settings, training: bool = True, folder: Path | None = None) -> Source:
     """Read and check everything a run needs, before anything is trained. Raises InputError.
 
-    folder: of a run that has begun, whose images for training and held out stay what they were.
+    folder: of a run that has begun, whose images for training and held out stay what they were, and
+    for training the number of its textures.
     """
     root = data.root_folder(s.root)
     category, kept = data.find_category(s.data, s.category, root), {}
@@ -85,9 +86,12 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
     else:
         held = min(max(round(s.hold_out * len(images)), 1), len(images) - 1) if s.hold_out else 0
         held_out, in_training = order[:held], order[held:]
-    gone = s.foreground not in ("auto", "none") and not Path(s.foreground).is_dir()
-    place = "auto" if gone and not training else s.foreground
-    foreground, found = data.foreground_masks(images, category, place)
+    try:
+        foreground, found = data.foreground_masks(images, category, s.foreground)
+    except InputError:
+        if training:
+            raise
+        foreground, found = data.foreground_masks(images, category)    # the masks may be gone
     textures = data.Textures(root, s.crop)
     begun = kept.get("textures", textures.count) if training else textures.count
     if begun != textures.count:
@@ -137,7 +141,8 @@ def fingerprint(category: data.Category) -> str:
 
 
 def keep_data(folder: Path, source: Source) -> None:
-    """Write down which data a run is of, and which of its images are held out."""
+    """Write down which data a run is of, how many textures there are, and which of its images are
+    held out."""
     category, paths = source.category, source.images.paths
     save_json(folder / "data.json", {
         "root": str(category.root.resolve()), "files": fingerprint(category),
@@ -347,8 +352,8 @@ def new_progress() -> dict:
 
 def save_checkpoint(path: Path, s: Settings, model: TransFusion, average, optimizer,
                     progress: dict) -> None:
-    """Write a training's whole state, for `load_checkpoint`; what goes beside the weights is
-    `new_progress`'s. Raises InputError where the disk does not take it."""
+    """Write a training's whole state, for `load_checkpoint`; progress: what goes beside the
+    weights, `new_progress`'s at least. Raises InputError where the disk does not take it."""
     state = {"format": FORMAT, "settings": dataclasses.asdict(s), "model": model.state_dict(),
              "ema": average.module.state_dict() if average else None,
              "optimizer": optimizer.state_dict() if optimizer else None, **progress}

@@ -82,8 +82,8 @@ def unbroken_streams():
 
 def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
     """Decorates a command: it returns its exit status, 0 if it returns nothing itself, 2 for a
-    user's mistake, which is said in one line, and 130 for Ctrl-C. Of warnings of a kind the first
-    three are shown, then their number."""
+    user's mistake or a full GPU, which is said in one line, and 130 for Ctrl-C. Of warnings of a
+    kind the first three are shown, then their number."""
     @functools.wraps(command)
     def ended(*args) -> int:
         kinds: Counter = Counter()
@@ -103,9 +103,12 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             except torch.OutOfMemoryError as error:
+                if os.environ.get("RANK", "0") != "0":             # whose streams are closed
+                    raise
                 first = str(error).split(". ")[0]
-                print(f"error: the GPU's memory is full ({first}); take a smaller --batch, in "
-                      f"train.py also --eval-batch, or --recompute", file=sys.stderr)
+                print(f"error: the GPU's memory is full ({first}); --recompute and a smaller "
+                      f"--eval-batch take less, and so does a smaller --batch, for a training with "
+                      f"another --name", file=sys.stderr)
                 return 2
             except KeyboardInterrupt as interrupt:
                 print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -187,8 +190,8 @@ class Settings:
     eval_batch: int = setting(16, "images restored at a time", "run")
 
     resize: int = setting(256, "images are resized to this side, in pixels", "training")
-    crop: int = setting(224, "then cropped to this centre; follows --resize where the preset crops "
-                        "nothing", "training")
+    crop: int = setting(224, "then cropped to this centre; follows --resize, in the preset's share",
+                        "training")
     foreground: str = setting("auto", "where anomalies are put: auto, none or a folder of masks, "
                               "DIR/CATEGORY or DIR", "training")
     rotation: float = setting(90.0, "rotation augmentation, degrees to either side", "training")
@@ -337,7 +340,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         given.setdefault("hold_out", 0.1)                 # own parts get a threshold everywhere
     usual = Settings(**usual_values(given.get("method", "transfusion"), preset))
     if "resize" in given:                                 # the same share is left out
-        given.setdefault("crop", given["resize"] * usual.crop // usual.resize // 8 * 8)
+        given.setdefault("crop", max(16, given["resize"] * usual.crop // usual.resize // 8 * 8))
     if "epochs" in given:
         given.setdefault("steps", 0)                      # the flag beats a preset's steps
     settings = dataclasses.replace(usual, **{**given, "preset": preset, "device": str(device)})

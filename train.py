@@ -70,13 +70,14 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     scored = average.module if average else model
     start = time.perf_counter() - progress["seconds"]
     due = False
-    save_progress(folder, s, model, average, optimizer, progress)      # unfinished, from here on
+    if not state:
+        save_progress(folder, s, model, average, optimizer, progress)
     with Interruption() as interruption, progress_bar(
             total=steps, initial=progress["step"], desc=s.category, unit="step") as bar:
         while progress["step"] < steps:
             model.stage, place, length = find_stage(model, progress["step"], steps)
-            if progress["usual"].get("stage") != model.stage:        # other losses
-                progress["usual"] = {"stage": model.stage}
+            if progress["usual"].setdefault("stage", model.stage) != model.stage:
+                progress["usual"] = {"stage": model.stage}           # other losses
             rate = learning_rate(s, place, length, per_epoch) / 2 ** progress["returns"]
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -106,7 +107,7 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
             bar.update()
             if progress["step"] % per_epoch == 0 or at_end:
                 close_epoch(progress, per_epoch, rate, bar)
-                if not progress["high"]:
+                if at_end or not progress["high"]:
                     score_epoch(scored, s, source, folder, progress, eval_every)
             asked_to_stop = any_rank(interruption.asked, device)
             due = due or asked_to_stop or at_end or progress["step"] % s.checkpoint_every == 0
@@ -222,9 +223,6 @@ def resume(state: dict | None, model: TransFusion, optimizer, average, folder: P
     """The progress record: new, or a checkpoint's, whose weights and moments are put in place."""
     if not state:
         return new_progress()
-    if state["format"] < FORMAT:
-        raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone can "
-                         f"go on with it; start again with --name")
     load_state(model, state["model"], folder / "last.pt")
     optimizer.load_state_dict(state["optimizer"])
     if average:
@@ -400,6 +398,9 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
             raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
                              f"NAME starts another")
         begun, state = load_checkpoint(folder / "last.pt")
+        if state["format"] < FORMAT:
+            raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone "
+                             f"can go on with it; start again with --name")
         if not state["optimizer"]:
             raise InputError(f"{folder} holds scored --weights; give this training a --name")
         if begun.precision != s.precision:
@@ -499,7 +500,11 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
         check(s)
         suffix = "".join(f"-{k}{getattr(s, k)}" for k in SCORING
                          if getattr(s, k) != getattr(trained, k))
-        if "normal" not in progress:                   # written when the training is over
+        begun = dataclasses.asdict(trained)
+        if (folder / "config.json").exists():                # of a longer training, perhaps
+            begun = read_json(folder / "config.json")
+        if "normal" not in progress or any(begun[k] != getattr(trained, k)
+                                           for k in ("steps", "epochs")):
             suffix = f"-step{progress['step']}{suffix}"
     network_calls(model, s)
     source = load_source(s, training=False, folder=folder)
@@ -576,7 +581,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             rows.append(score_again(one, flags) if flags.eval else train_category(one, flags))
         except InputError as error:
-            if len(names) == 1 or RANKS > 1:               # the other ranks have not failed
+            if len(names) == 1 or RANKS > 1:               # other ranks may have gone on
                 raise
             print(f"error: {error}", file=sys.stderr)
             failed.append(one.category)

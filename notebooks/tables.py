@@ -160,11 +160,13 @@ def render(cell: str) -> str:
 
 
 def mark_best(cells: list[str]) -> list[str]:
-    """Numbers of one row with the first, second and third marked; equal values share a place."""
-    ranked = sorted({float(c) for c in cells if c not in ("", None)}, reverse=True)[:3]
-    places = dict(zip(ranked, MARKS))
-    return [f"{places[float(c)]}{c}{places[float(c)]}" if c and float(c) in places else c or ""
-            for c in cells]
+    """Numbers of one row, as "97.5" or "97.5 ± 2.0", with the first, second and third marked; equal
+    values share a place."""
+    values = [float(c.split()[0]) if c else None for c in cells]
+    ranked = sorted({value for value in values if value is not None}, reverse=True)[:3]
+    mark = dict(zip(ranked, MARKS))
+    return [f"{mark[value]}{c}{mark[value]}" if value in mark else c or ""
+            for c, value in zip(cells, values)]
 
 
 def percent(value: float | None) -> str:

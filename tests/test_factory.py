@@ -799,6 +799,12 @@ def test_a_finished_run_is_trained_for_longer(factory, capsys):
     run, words = factory / "runs/parts/bolt", argv_for(factory / "parts")
     refused(capsys, [*words, "--steps", "9"], "a run of 6 steps; --resume trains it to this",
             "--name NAME begins another from the start")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": 9}))
+    (run / "metrics.json").unlink()                           # killed before its first checkpoint
+    assert train.main([*words, "--eval"]) == 0
+    assert (run / "metrics-step6.json").exists() and not (run / "metrics.json").exists()
+    assert train.main([*words, "--steps", "8", "--resume"]) == 0        # ends within an epoch
     assert train.main([*words, "--steps", "9", "--resume"]) == 0
     assert json.loads((run / "metrics.json").read_text())["step"] == 9
     log = rows_of(run / "log.csv")

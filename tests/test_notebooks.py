@@ -117,6 +117,7 @@ def test_categories_are_complete():
 def test_marks():
     assert tables.mark_best(["1", "3", "", "2", "3", "0.5"]) == ["//1//", "**3**", "", "__2__",
                                                                 "**3**", "0.5"]
+    assert tables.mark_best(["9.5 ± 1.0", "10.0"]) == ["__9.5 ± 1.0__", "**10.0**"]
     assert tables.render("**100**") == "<b>100</b>" and tables.render("<a>") == "&lt;a&gt;"
 
 

@@ -209,7 +209,7 @@ def test_old_pictures_outside_the_folder_stay(tmp_path):
     (tmp_path / "mine.png").touch(), (tmp_path / "out" / "heatmaps").mkdir(parents=True)
     (tmp_path / "out" / "heatmaps" / "old.png").touch()
     (tmp_path / "out" / "scores.csv").write_text(f"file\n{tmp_path / 'mine'}\n../mine\nold\n")
-    predict.remove_old(tmp_path / "out")
+    predict.remove_old(tmp_path / "out" / ".." / "out")
     assert (tmp_path / "mine.png").exists() and not list((tmp_path / "out").rglob("*.png"))
 
 
