@@ -15,8 +15,7 @@ the second and third); a smaller U-Net (281 M parameters theirs); the ranges tha
 distances of Eq. 9 together are those of training images, theirs the whole test set's, so that one
 image can be scored alone; a training image is not its own neighbour; the mean filter in place of a
 Gaussian. At most 256 training images are kept for the neighbours; the latent's mean is taken,
-theirs is a sample.
-Cost: theirs 668 GMAC an image at 256 px.
+theirs is a sample. Cost: theirs 668 GMAC an image at 256 px.
 """
 import copy
 
@@ -131,8 +130,7 @@ class D3AD(Method):
         return self.run(self.phi, x)[:3]
 
     def distance(self, features: Tensor, itself: int = 0) -> Tensor:
-        """Mean L1 distance [B] to the K nearest in the bank; itself 1: less the nearest, where
-        there are others."""
+        """Mean L1 distance [B] to the K nearest in the bank; itself 1: less the nearest of several."""
         count = int(self.count)
         itself = min(itself, count - 1)
         K = max(1, min(NEIGHBOURS, count // 4))
@@ -158,15 +156,13 @@ class D3AD(Method):
         return x_0, L, sum(Fs)
 
     def adaptation_loss(self, x: Tensor, x_0: Tensor) -> Tensor:
-        """Eq. 10: L_DA = sum over levels of the mean over places of 1 - cos(phi(x_0), phi(x^_0)).
-        """
+        """Eq. 10: L_DA = sum over levels of the mean over places of 1 - cos(phi(x), phi(x^_0))."""
         return sum(cosine_distance(a, b).mean()
                    for a, b in zip(self.features(x), self.features(x_0)))
 
     def prepare(self, images: Tensor) -> None:
         """One epoch of Eq. 10 on phi as it was before; then the neighbours, the distances' range
-        and the two ranges of Eq. 9, all from training images [N, 3, H, W]. Raises ValueError where
-        the weights of --resnet34 are gone."""
+        and the two ranges of Eq. 9, all from training images [N, 3, H, W]. Raises ValueError."""
         rng = torch.Generator().manual_seed(0)
         before = resnet(self.resnet34, there=True) if self.resnet34 else self.vae.encoder
         self.phi.load_state_dict(before.state_dict())
