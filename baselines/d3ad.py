@@ -130,7 +130,7 @@ class D3AD(Method):
         return self.run(self.phi, x)[:3]
 
     def distance(self, features: Tensor, itself: int = 0) -> Tensor:
-        """Mean L1 distance [B] to the K nearest in the bank; itself 1: less the nearest of several."""
+        """Mean L1 distance [B] to the K nearest in the bank; itself 1: but for the nearest."""
         count = int(self.count)
         itself = min(itself, count - 1)
         K = max(1, min(NEIGHBOURS, count // 4))
@@ -161,8 +161,8 @@ class D3AD(Method):
                    for a, b in zip(self.features(x), self.features(x_0)))
 
     def prepare(self, images: Tensor) -> None:
-        """One epoch of Eq. 10 on phi as it was before; then the neighbours, the distances' range
-        and the two ranges of Eq. 9, all from training images [N, 3, H, W]. Raises ValueError."""
+        """One epoch of Eq. 10 on phi as it was before; then, from training images [N, 3, H, W],
+        neighbours and all ranges. Raises ValueError where --resnet34's file is gone."""
         rng = torch.Generator().manual_seed(0)
         before = resnet(self.resnet34, there=True) if self.resnet34 else self.vae.encoder
         self.phi.load_state_dict(before.state_dict())
