@@ -32,7 +32,7 @@ import data
 from data import open_image, preprocess, scale, to_rgb
 from evaluate import (final_maps, image_scores, in_words, network_calls, normal_scores, over_grey,
                       printable, threshold)
-from runs import (Source, add_to_checkpoint, load_model, load_torch, locked, make_folder,
+from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, locked, make_folder,
                   save_atomically, save_csv)
 from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
@@ -115,8 +115,10 @@ class Inspector:
     through the network at a time.
     """
 
-    def __init__(self, model: TransFusion, s: Settings, normal: dict | None, batch: int = 8):
-        self.model, self.s, self.normal, self.batch = model, s, normal, batch
+    batch = 8
+
+    def __init__(self, model: TransFusion, s: Settings, normal: dict | None):
+        self.model, self.s, self.normal = model, s, normal
         self.threshold = threshold(normal, s) if normal else None
 
     def inspect(self, images):
@@ -268,8 +270,7 @@ def main(argv: list[str] | None = None) -> int:
                if getattr(flags, k) is not None}
     model = load(flags.run, flags.device, **changes)
     if flags.calibrate:
-        calibrate(load(flags.run, flags.device), Path(flags.run).expanduser(), flags)
-        model = load(flags.run, flags.device, **changes)
+        model = calibrate(model, Path(flags.run).expanduser(), flags)
     model.batch = flags.batch
     say_threshold(model, flags.run)
     if not flags.images:
@@ -340,17 +341,19 @@ def remove_old(out: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def calibrate(model: Inspector, run: Path, flags) -> None:
+def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     """--calibrate: take the threshold of a trained model from photos of good parts, and keep it.
 
     They count as held-out images, in place of those of an earlier call. The run's own held-out
     images count with those of the training: a few photos alone would bound the false alarms worse
-    than these did.
+    than these did. All is scored with the run's own settings, whatever the flags change.
     """
+    path = run / "last.pt" if run.is_dir() else run
+    s, state = load_checkpoint(path)
     files, notes = find_images(flags.calibrate, Path(flags.out or "."))
     for note in notes:
         print(f"note: {note}")
-    s, root = model.s, data.root_folder(model.s.root)
+    root = data.root_folder(s.root)
     photos = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos")
     category = data.Category(s.data, s.category, root, files)
     foreground, _ = data.foreground_masks(photos, category, "none" if s.foreground == "none"
@@ -358,19 +361,18 @@ def calibrate(model: Inspector, run: Path, flags) -> None:
     normal = normal_scores(model.model, s, Source(
         category, photos, np.array([], int), np.arange(len(files)), foreground,
         data.Textures(root, s.crop), [], None, []))
-    path = run / "last.pt" if run.is_dir() else run
-    own = load_torch(path).get("normal")                   # the training's
+    own = state.get("normal")                              # the training's
     if own and own["infer_steps"] == normal["infer_steps"]:
         normal["trained"] = own["images"] + own.get("trained", [])
     with locked(path.parent):
         add_to_checkpoint(path, calibrated=normal)
-    found = Inspector(model.model, s, normal)
-    print(f"{path}: " + (f"threshold {model.threshold.value:.4f} before, " if model.threshold else
-                         "no threshold before, ") + f"{found.threshold.value:.4f} now")
+    before = f"threshold {threshold(model.normal, s).value:.4f}" if model.normal else "no threshold"
+    print(f"{path}: {before} before, {threshold(normal, s).value:.4f} now")
     needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
     if len(files) + len(normal["trained"]) < needed:
         print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
               f"{needed} can")
+    return Inspector(model.model, model.s, normal)
 
 
 def say_threshold(model: Inspector, run: str) -> None:

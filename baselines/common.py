@@ -234,10 +234,10 @@ def resnet(weights: str, there: bool = False) -> nn.Module:
     there. Raises ValueError for a file of other content, and for none where it has to be there."""
     net = resnet34()
     try:
-        if there and not Path(weights).is_file():
-            raise ValueError(f"--resnet34 {weights}: gone since the training began; put it back")
         if Path(weights).is_file():
             net.load_state_dict(torch.load(weights, weights_only=True))
+        elif there:
+            raise ValueError(f"--resnet34 {weights}: gone since the training began; put it back")
     except (RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError):
         raise ValueError(f"--resnet34 {weights}: not the weights of torchvision's resnet34")
     return create_feature_extractor(net, ["layer1", "layer2", "layer3"])

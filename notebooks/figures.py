@@ -96,8 +96,8 @@ def load_run(name: str, runs: str, root: str, category: str = "", training: bool
     """A finished run of a data set, of this category or the first there is.
 
     For the demo data a small one is trained where there is none, or trained on where that was
-    interrupted. Own data is found where the run had it. training: with the
-    training's images and textures, as a batch needs them. Raises InputError.
+    interrupted. Own data is found where the run had it. training: with all images that it trained
+    on, which have to be there. Raises InputError.
     """
     found = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
     if not found and name == "demo" and category in ("", "fabric"):
