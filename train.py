@@ -337,8 +337,10 @@ class Interruption:
 
 
 def announce(model: TransFusion, s: Settings, source: Source, steps: int) -> None:
-    """Say what will run, and how long by the measured time of a step."""
-    seconds = seconds_per_step(model, s, source)               # on every rank: BatchNorm may sync
+    """Say what will run and, unless it is a few steps, how long by the measured time of one."""
+    about = ""
+    if steps > 20:                                             # on every rank: BatchNorm may sync
+        about = f": about {duration(steps * seconds_per_step(model, s, source))}"
     if RANK:
         return
     for note in source.notes:
@@ -348,7 +350,7 @@ def announce(model: TransFusion, s: Settings, source: Source, steps: int) -> Non
     parameters = sum(p.numel() for p in model.parameters())
     print(f"  {s.preset} preset: {steps} steps of {s.batch} images at {s.crop} px "
           f"({steps / steps_per_epoch(s, source):.0f} epochs), {parameters / 1e6:.1f} M "
-          f"parameters, {s.device}, {s.precision}: about {duration(steps * seconds)}", flush=True)
+          f"parameters, {s.device}, {s.precision}{about}", flush=True)
 
 
 def seconds_per_step(model: TransFusion, s: Settings, source: Source) -> float:

@@ -103,6 +103,15 @@ def test_run_folder(small):
         assert picture.width >= 700 and picture.height > picture.width
 
 
+def test_a_training_says_first_how_long_it_takes(small, training):
+    """By the measured time of a step: within a factor of ten of what it took."""
+    said = re.search(r"400 steps of 4 images .* float32: about ([\d.]+) (seconds|minutes)",
+                     training[2].read_text())
+    promised = float(said[1]) * {"seconds": 1, "minutes": 60}[said[2]]
+    took = json.loads((small[0] / "metrics.json").read_text())["seconds_train"]
+    assert took / 10 < promised < took * 10
+
+
 def test_the_log_has_a_row_an_epoch_and_the_losses_fall(small):
     with open(small[0] / "log.csv") as file:
         rows = list(csv.DictReader(file))
