@@ -204,7 +204,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
         stems = Counter(p.relative_to(folder).with_suffix("") for p in images)
         for mask in find_images(truth / folder.name):
             place = mask.relative_to(truth / folder.name)
-            stem = place.with_name(place.stem.removesuffix("_mask"))
+            stem = place.parent / place.stem.removesuffix("_mask")
             if stem in masks:
                 faults.append(f"{mask}: a second mask for {stem.name}, beside {masks[stem].name}; "
                               f"keep one of them")
@@ -245,7 +245,7 @@ def beside(images: list[Path]) -> list[str]:
     """A fault for labels that lie among the images they belong to, as 000_GT.png beside 000.png."""
     known = set(p.with_suffix("") for p in images)
     labels = [p for p in images if LABEL.search(p.stem)
-              and p.with_name(LABEL.sub("", p.stem)) in known]
+              and p.parent / LABEL.sub("", p.stem) in known]
     return [f"{labels[0]}: looks like the label of the image beside it, not like a part (as do "
             f"{len(labels) - 1} more there); move labels to another folder, those of "
             f"test images to ground_truth"] if labels else []
@@ -599,14 +599,14 @@ class Textures:
         return image
 
 
-def embedded_textures(size: int, drawn: int = 48, seed: int = 0) -> list[Tensor]:
+def embedded_textures(size: int) -> list[Tensor]:
     """Drawn textures (cloud, stripe, check, dot and wood patterns in random colours) and crops of
     scikit-learn's two photographs, uint8 [3, size, size] each."""
     from sklearn.datasets import load_sample_images
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     y, x = np.mgrid[0:1:size * 1j, 0:1:size * 1j]
     images = []
-    for k in range(drawn):
+    for k in range(48):
         angle, frequency = rng.uniform(0, np.pi), 2 ** rng.uniform(1, 5)
         u = x * np.cos(angle) + y * np.sin(angle)
         v = y * np.cos(angle) - x * np.sin(angle)

@@ -18,6 +18,7 @@ from settings import InputError, progress_bar
 SIZE = 256
 TRAIN, TEST_GOOD, PER_DEFECT = 80, 24, 11
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
+Drawn = tuple[np.ndarray, np.ndarray]               # an image and the mask of its defect
 DEFECTS = {"fabric": ("cut", "hole", "pulled_thread", "stain"),
            "gear": ("broken_tooth", "missing_hole", "rust", "scratch"),
            "blister": ("broken", "missing", "scratch", "wrong_pill")}
@@ -73,8 +74,9 @@ def photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- products
+# healed: every random number is drawn as for the defect, which is then left out.
 
-def fabric(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.ndarray]:
+def fabric(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     """Plain-woven cloth seen from above."""
     angle, pitch = rng.normal(0, 0.02), rng.normal(9.0, 0.15)
     wobble = 0.6 * smooth_noise(rng, 20), 0.6 * smooth_noise(rng, 20)
@@ -87,7 +89,7 @@ def fabric(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np
         alpha = cover(curve(rng, cy, cx, rng.uniform(70, 150), np.pi / 2 + angle,
                             rng.uniform(0, 0.06)) - rng.uniform(2.2, 3.2))
         lift = ndimage.gaussian_filter(alpha, 4)
-        u = u + 0.5 * lift
+        u = u if healed else u + 0.5 * lift
     warp = np.abs(np.sin(np.pi * u)) ** 0.6
     weft = np.abs(np.sin(np.pi * v)) ** 0.6
     over = (np.floor(u) + np.floor(v)) % 2 == 0                      # which thread lies on top
@@ -100,6 +102,7 @@ def fabric(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np
     shade = np.where(over, warp * crown_u, weft * crown_v) * fibres
     image = np.where(over[..., None], warp_colour, weft_colour) * (0.35 + 0.65 * shade)[..., None]
     image *= (1 + 0.03 * smooth_noise(rng, 30))[..., None]
+    normal = image.copy()
 
     if defect == "pulled_thread":
         twist = 0.85 + 0.15 * np.sin(0.9 * Y + 0.5 * X)
@@ -120,10 +123,10 @@ def fabric(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np
         alpha = cover(blob(rng, cy, cx, radius), 0.35 * radius)
         tint = rng.choice([[0.80, 0.72, 0.62], [0.70, 0.70, 0.74], [1.14, 1.12, 1.05]])
         image *= 1 + alpha[..., None] * (tint - 1)
-    return photograph(image, rng), alpha >= 0.5
+    return photograph(normal if healed else image, rng), alpha >= 0.5
 
 
-def gear(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.ndarray]:
+def gear(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     """A machined steel gear on a light bench."""
     cy, cx = SIZE / 2 + rng.normal(0, 4, 2)
     turn, teeth = rng.uniform(0, 2 * np.pi), 20
@@ -139,7 +142,7 @@ def gear(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.n
         near = np.abs(np.angle(np.exp(1j * (angle - which)))) < np.pi / teeth
         broken = r - (rng.uniform(78, 90) + 1.5 * smooth_noise(rng, 3))
         mask = cover(outline) * np.where(near, 1 - cover(broken), 0)
-        outline = np.where(near, np.maximum(outline, broken), outline)
+        outline = np.where(near & (not healed), np.maximum(outline, broken), outline)
     distance = np.maximum(outline, 22 - r)                          # the bore
     keyway = np.maximum(np.abs(r * np.sin(angle)) - 5, np.maximum(r * np.cos(angle) - 29,
                                                                   -r * np.cos(angle)))
@@ -150,7 +153,7 @@ def gear(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.n
         hole = np.hypot(Y - cy - 53 * np.sin(a), X - cx - 53 * np.cos(a)) - 11
         if k == filled:
             mask = cover(hole)
-        else:
+        if k != filled or healed:
             distance = np.maximum(distance, -hole)
 
     bench = np.array([196, 192, 184]) + rng.normal(0, 1.5, 3)
@@ -168,6 +171,7 @@ def gear(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.n
     metal = metal * (1 - 0.25 * ring)
     image = paint(image, [0, 0, 0], cover(distance)) \
         + cover(distance)[..., None] * metal[..., None] * np.array([0.98, 1.0, 1.04])
+    normal = image.copy()
 
     if defect in ("rust", "scratch"):
         a, where = rng.uniform(0, 2 * np.pi), rng.uniform(40, 72)
@@ -186,10 +190,10 @@ def gear(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.n
             image = paint(image, rng.choice([[205, 207, 212], [58, 58, 60]]),
                           rng.uniform(0.6, 0.9) * mask * cover(distance))
         mask = mask * cover(distance)
-    return photograph(image, rng), mask >= 0.5
+    return photograph(normal if healed else image, rng), mask >= 0.5
 
 
-def blister(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, np.ndarray]:
+def blister(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     """A blister pack of eight round tablets."""
     tilt = rng.normal(0, 0.025)
     oy, ox = SIZE / 2 + rng.normal(0, 3, 2)
@@ -227,29 +231,33 @@ def blister(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, n
         score_line = rng.uniform(0, np.pi)
         if k == chosen and defect == "missing":
             mask = cover(distance)
-            image *= (1 + 0.05 * rim * cover(np.abs(r - 14) - 3, 3))[..., None]
-            continue
+            if not healed:
+                image *= (1 + 0.05 * rim * cover(np.abs(r - 14) - 3, 3))[..., None]
+                continue
         if k == chosen and defect == "broken":
             side = rng.uniform(0, 2 * np.pi)
             chord = (X - px) * np.cos(side) + (Y - py) * np.sin(side)
             crack = chord - rng.uniform(-4, 9) - 1.2 * smooth_noise(rng, 2.5)
             mask = cover(distance) * cover(-crack)
-            distance = np.maximum(distance, crack)
+            distance = distance if healed else np.maximum(distance, crack)
         if k == chosen and defect == "wrong_pill":
             mask = cover(distance)
             if rng.random() < 0.5:
-                colour = colour * rng.choice([[0.93, 0.80, 0.74], [0.82, 0.92, 0.86],
-                                              [0.84, 0.86, 1.0]])
+                tint = rng.choice([[0.93, 0.80, 0.74], [0.82, 0.92, 0.86], [0.84, 0.86, 1.0]])
+                colour = colour if healed else colour * tint
             else:                                                   # a smaller tablet
-                distance = r - rng.uniform(12.5, 14.5)
-                mask = mask * (1 - cover(distance))
+                smaller = r - rng.uniform(12.5, 14.5)
+                mask = mask * (1 - cover(smaller))
+                distance = distance if healed else smaller
         body = cover(distance)
         image *= (1 - 0.35 * ndimage.gaussian_filter(
             ndimage.shift(body, (2, 2), order=1) * (1 - body), 1.5))[..., None]
         dome = 1 + 0.10 * np.cos(angle - light) * np.clip(r / 17.5, 0, 1) ** 3 \
             - 0.06 * np.clip(r / 17.5, 0, 1) ** 6
         groove = np.abs((X - px) * np.sin(score_line) - (Y - py) * np.cos(score_line)) - 0.8
-        dome = dome * (1 - 0.14 * cover(groove, 1.5)) + 0.01 * smooth_noise(rng, 0.8)
+        empty = k == chosen and defect == "missing"                 # whose pocket drew no grain
+        grain = smooth_noise(np.random.default_rng(0) if empty else rng, 0.8)
+        dome = dome * (1 - 0.14 * cover(groove, 1.5)) + 0.01 * grain
         image = image + body[..., None] * (colour * dome[..., None] - image)
         gloss = np.hypot(Y - py - 9 * np.sin(light), X - px - 9 * np.cos(light))
         image += (24 * np.exp(-(gloss / 3.5) ** 2))[..., None]      # the plastic over it
@@ -258,8 +266,9 @@ def blister(rng: np.random.Generator, defect: str | None) -> tuple[np.ndarray, n
         stroke = curve(rng, oy + rng.uniform(-85, 85), ox + rng.uniform(-65, 65),
                        rng.uniform(30, 80), rng.uniform(0, np.pi), rng.uniform(0, 0.25))
         mask = cover(stroke - rng.uniform(1.1, 1.8)) * cover(card)
-        image = paint(image, rng.choice([[236, 238, 240], [96, 97, 100]]),
-                      rng.uniform(0.55, 0.85) * mask)
+        scratched = paint(image, rng.choice([[236, 238, 240], [96, 97, 100]]),
+                          rng.uniform(0.55, 0.85) * mask)
+        image = image if healed else scratched
     return photograph(image, rng), mask >= 0.5
 
 
@@ -268,16 +277,17 @@ PRODUCTS = {"fabric": fabric, "gear": gear, "blister": blister}
 
 # ---------------------------------------------------------------- the data set
 
-def draw(category: str, defect: str | None, number: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(category: str, defect: str | None, number: int, healed: bool = False) -> Drawn:
     """Image number `number` of a kind: uint8 [256, 256, 3] and its exact mask, bool [256, 256].
 
     defect: one of DEFECTS[category], or None for a good product. The same call gives the same
-    pixels; a defect of another draw is taken where this one's mask is nearly empty.
+    pixels; a defect of another draw is taken where this one's mask is nearly empty. healed: the
+    same photo without its defect (the n of Eq. 1), beside the mask of that defect.
     """
     kind = 0 if defect is None else 1 + DEFECTS[category].index(defect)
     for attempt in range(20):
         rng = np.random.default_rng([list(PRODUCTS).index(category), kind, number, attempt])
-        image, mask = PRODUCTS[category](rng, defect)
+        image, mask = PRODUCTS[category](rng, defect, healed)
         if defect is None or mask.sum() >= 25:
             break
     return image, mask
@@ -309,8 +319,8 @@ def write_category(folder: Path, category: str) -> None:
         drawn = Path(part) / category
         pictures = [pool.submit(draw, category, defect, number) for _, defect, number in jobs]
         try:
-            for (place, defect, number), picture in zip(progress_bar(jobs, desc=f"drawing {category}",
-                                                             unit="image", leave=False), pictures):
+            bar = progress_bar(jobs, desc=f"drawing {category}", unit="image", leave=False)
+            for (place, defect, number), picture in zip(bar, pictures):
                 image, mask = picture.result()
                 save(drawn / place / f"{number:03}.png", image)
                 if defect:

@@ -19,10 +19,10 @@ import data
 import metrics
 from baselines.common import PREPARED
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
-from runs import (Source, save_atomically, save_csv, save_json, scoring_side,
+from runs import (Source, name_in, save_atomically, save_csv, save_json, scoring_side,
                   steps_per_epoch)
 from settings import InputError, Settings, hardware, progress_bar
-from transfusion import TransFusion, anomaly_score, final_mask, forward_process
+from transfusion import Restoration, TransFusion, anomaly_score, final_mask, forward_process
 
 
 # ---------------------------------------------------------------- restorations and maps
@@ -261,9 +261,8 @@ def write_results(folder: Path, model: TransFusion, s: Settings, source: Source,
                  device=s.device, hardware=hardware(s.device), torch=torch.__version__)
     if not suffix:
         save_csv(folder / "scores.csv",
-                 [{"file": item.path.relative_to(source.category.root).as_posix(),
-                   "label": item.label, "score": f"{value:.9g}"}
-                  for item, value in zip(source.category.test, scores)])
+                 [{"file": name_in(source.category, item.path), "label": item.label,
+                   "score": f"{value:.9g}"} for item, value in zip(source.category.test, scores)])
         save_atomically(folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
     save_json(folder / f"metrics{suffix}.json", found)
     if not suffix:
@@ -322,11 +321,9 @@ def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list
     """A row for each of images, uint8 [N, 3, H, W]: input, restoration, map over image, map, truth
     (a mask, or None)."""
     from matplotlib.figure import Figure
-    parts = [part for _, part in restore_all(model, images, range(len(images)), s)]
-    x_0, *maps = (torch.cat([getattr(part, name).cpu() for part in parts])
-                  for name in ("x_0", "M_disc", "M_recon", "M_last"))
-    M_final = final_maps(dict(zip(("M_disc", "M_recon", "M_last"),
-                                  (M[:, 0].numpy() for M in maps))), s)
+    parts = (part for _, part in restore_all(model, images, range(len(images)), s))
+    x_0, *maps = (torch.cat(part).cpu() for part in zip(*parts))
+    M_final = final_maps(dict(zip(Restoration._fields[1:], (M[:, 0].numpy() for M in maps))), s)
     top = float(M_final.max())
 
     photos = images.permute(0, 2, 3, 1).numpy()

@@ -34,7 +34,7 @@ from evaluate import (final_maps, image_scores, in_words, network_calls, normal_
                       printable, threshold)
 from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, locked, make_folder,
                   save_atomically, save_csv)
-from settings import InputError, Settings, check, exit_status, pick_device, progress_bar
+from settings import SCORING, InputError, Settings, check, exit_status, pick_device, progress_bar
 from transfusion import TransFusion
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
@@ -155,7 +155,7 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     """
     path = Path(run).expanduser()
     model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
-    unknown = set(changes) - {"infer_steps", "false_alarms", "lam", "kernel", "final_mask"}
+    unknown = set(changes) - set(SCORING)
     if unknown:
         raise InputError(f"{', '.join(sorted(unknown))}: cannot be changed after training")
     s = dataclasses.replace(s, **changes)
@@ -350,7 +350,7 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     """
     path = run / "last.pt" if run.is_dir() else run
     s, state = load_checkpoint(path)
-    files, notes = find_images(flags.calibrate, Path(flags.out or "."))
+    files, notes = find_images(flags.calibrate, Path(flags.out or run).expanduser())
     for note in notes:
         print(f"note: {note}")
     root = data.root_folder(s.root)

@@ -26,7 +26,7 @@ from baselines import METHODS
 from settings import NOT_COMPARED, InputError, Settings, fast_bf16
 from transfusion import Attention, ResidualBlock, ResUNet, TransFusion
 
-FORMAT = 2                                          # version of the checkpoint's layout
+FORMAT = 3                                          # version of the checkpoint's layout
 SCORING_GRID = 256                                  # side of an image, uncropped, where scored
 RANK = int(os.environ.get("RANK", 0))               # torchrun's number of this process
 
@@ -93,9 +93,8 @@ def load_source(s: Settings, training: bool = True, folder: Path | None = None) 
             raise
         foreground, found = data.foreground_masks(images, category)    # the masks may be gone
     textures = data.Textures(root, s.crop)
-    begun = kept.get("textures", textures.count) if training else textures.count
-    if begun != textures.count:
-        raise InputError(f"this run was begun with {begun} textures, now there are "
+    if training and kept.get("textures", textures.count) != textures.count:
+        raise InputError(f"this run was begun with {kept['textures']} textures, now there are "
                          f"{textures.count}: {textures.source}; put --root back, or give another "
                          f"--name")
     where = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
@@ -226,11 +225,10 @@ def save_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except torch.OutOfMemoryError:                                   # of a model that drew it
-        part.unlink(missing_ok=True)
-        raise
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, torch.OutOfMemoryError):                # of a model that drew it
+            raise
         cause = (isinstance(error, RuntimeError) and error.__context__) or error    # torch wraps it
         raise InputError(f"{path}: cannot be written ({cause}); make room and run it again, a "
                          f"training with --resume")
@@ -343,11 +341,11 @@ def load_torch(path: Path) -> dict:
 
 
 def new_progress() -> dict:
-    """What a checkpoint holds of a training beside the weights: steps done, seconds, the sums of
-    the epoch's losses, a row for every epoch and for every evaluation; then what `count_step` keeps
+    """What a checkpoint holds of a training beside the weights: steps done, seconds, the losses of
+    the epoch's steps, a row for every epoch and for every evaluation; then what `count_step` keeps
     to tell a run-away, and how often the training went back."""
-    return {"step": 0, "seconds": 0.0, "sums": {}, "log": [], "eval": [],
-            "usual": {}, "high": 0, "returns": 0}
+    return {"step": 0, "seconds": 0.0, "epoch_steps": [], "log": [], "eval": [],
+            "running_mean": {}, "outliers": 0, "rollbacks": 0}
 
 
 def save_checkpoint(path: Path, s: Settings, model: TransFusion, average, optimizer,

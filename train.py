@@ -36,16 +36,17 @@ from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, keep_dat
                   load_torch, locked, new_progress, read_json, refuse_other_data,
                   refuse_other_run, run_folder, save_atomically, save_checkpoint, save_csv,
                   save_json, steps_per_epoch)
-from settings import (NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse,
+from settings import (NOT_COMPARED, SCORING, InputError, Settings, exit_status, parse,
                       progress_bar)
 from transfusion import TransFusion
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))      # torchrun's processes; only rank 0 writes
 
-# A training has run away when more than RUN_AWAY steps, less those that were not, lay FAR times
-# above the mean over the last MEMORY; at its end, more than SPIKES. It goes back RETURNS times.
-FAR = {"loss": 3, "gradient": 10}
-MEMORY, START, RUN_AWAY, SPIKES, RETURNS = 100, 20, 20, 3, 3
+# A training has run away when more than MAX_OUTLIERS steps, less those that were not, lay
+# OUTLIER_FACTOR times above the mean over the last WINDOW; at its end, more than
+# MAX_OUTLIERS_AT_END. It goes back to a checkpoint MAX_ROLLBACKS times.
+OUTLIER_FACTOR = {"loss": 3, "gradient": 10}
+WINDOW, BURN_IN, MAX_OUTLIERS, MAX_OUTLIERS_AT_END, MAX_ROLLBACKS = 100, 20, 20, 3, 3
 
 
 def train(model: TransFusion, s: Settings, source: Source, folder: Path,
@@ -55,8 +56,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
     A step whose loss or gradient is not finite changes nothing. A training that runs away goes back
     to its last checkpoint, with half the learning rate from there; what is sick is never saved.
     Returns the model to score, averaged where the settings say so, and the progress record.
-    Raises InputError where it runs away again after RETURNS times, KeyboardInterrupt, with all
-    saved, where it was asked to stop.
+    Raises InputError where it runs away again after MAX_ROLLBACKS times, KeyboardInterrupt, with
+    all saved, where it was asked to stop.
     """
     device, per_epoch = torch.device(s.device), steps_per_epoch(s, source)
     steps = s.steps or s.epochs * per_epoch
@@ -76,9 +77,9 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
             total=steps, initial=progress["step"], desc=s.category, unit="step") as bar:
         while progress["step"] < steps:
             model.stage, place, length = find_stage(model, progress["step"], steps)
-            if progress["usual"].setdefault("stage", model.stage) != model.stage:
-                progress["usual"] = {"stage": model.stage}           # other losses
-            rate = learning_rate(s, place, length, per_epoch) / 2 ** progress["returns"]
+            if progress["running_mean"].get("stage") != model.stage:
+                progress["running_mean"] = {"stage": model.stage}           # other losses
+            rate = learning_rate(s, place, length, per_epoch) / 2 ** progress["rollbacks"]
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = make_batch(s, source, model.last_step, progress["step"], device)
@@ -99,19 +100,19 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
 
             count_step(progress, found, time.perf_counter() - start)
             at_end = progress["step"] == steps
-            if progress["high"] > (SPIKES if at_end else RUN_AWAY):
-                progress = go_back(progress, found, s, model, optimizer, average, folder)
+            if progress["outliers"] > (MAX_OUTLIERS_AT_END if at_end else MAX_OUTLIERS):
+                progress = roll_back(progress, found, s, model, optimizer, average, folder)
                 bar.update(progress["step"] - bar.n)
                 due = False
                 continue
             bar.update()
             if progress["step"] % per_epoch == 0 or at_end:
                 close_epoch(progress, per_epoch, rate, bar)
-                if at_end or not progress["high"]:
+                if at_end or not progress["outliers"]:
                     score_epoch(scored, s, source, folder, progress, eval_every)
             asked_to_stop = any_rank(interruption.asked, device)
             due = due or asked_to_stop or at_end or progress["step"] % s.checkpoint_every == 0
-            if due and (at_end or not progress["high"]):           # else when it is well again
+            if due and (at_end or not progress["outliers"]):           # else when it is well again
                 save_progress(folder, s, model, average, optimizer, progress)
                 due = False
                 if asked_to_stop and not at_end:
@@ -157,10 +158,9 @@ def stages(model: TransFusion) -> tuple[float, ...]:
 
 def find_stage(model: TransFusion, step: int, steps: int) -> tuple[int, int, int]:
     """The stage that a step of a training of `steps` is in, its place there, and its length."""
-    ends = [round(share * steps) for share in stages(model)]
-    stage = sum(step >= end for end in ends[:-1])
-    start = ends[stage - 1] if stage else 0
-    return stage, step - start, ends[stage] - start
+    ends = [0, *(round(share * steps) for share in stages(model))]
+    stage = sum(step >= end for end in ends[1:-1])
+    return stage, step - ends[stage], ends[stage + 1] - ends[stage]
 
 
 def learning_rate(s: Settings, step: int, steps: int, per_epoch: int) -> float:
@@ -212,8 +212,8 @@ def join_ranks(s: Settings) -> Settings:
     if on_gpu:
         s = dataclasses.replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(s.device)
-    if not distributed.is_initialized():                   # ranks wait while rank 0 scores
-        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=12))
+    distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                   timeout=timedelta(hours=12))     # ranks wait while rank 0 scores
     return s
 
 
@@ -234,63 +234,61 @@ def resume(state: dict | None, model: TransFusion, optimizer, average, folder: P
 def count_step(progress: dict, found: dict[str, float], seconds: float) -> None:
     """Count a step, by its losses and its gradient's norm before clipping.
 
-    "sums" gets them for the log, where they are finite. "usual" is the mean of the last hundred
-    steps or so, weighted towards the latest, and judged by from START steps on; "high" counts the
+    "epoch_steps" keeps them for the log. "running_mean" is the mean of the last hundred steps or
+    so, weighted towards the latest, and judged by from BURN_IN steps on; "outliers" counts the
     steps that are far above it, or not finite, less those that are not.
     """
-    sums, usual = progress["sums"], progress["usual"]
-    finite = all(map(math.isfinite, found.values()))
-    known = usual.get("steps", 0)
-    high = not finite or known >= START and any(found[k] > n * usual[k] for k, n in FAR.items())
+    mean = progress["running_mean"]
+    known = mean.get("steps", 0)
+    outlier = not all(map(math.isfinite, found.values())) or known >= BURN_IN and any(
+        found[k] > n * mean[k] for k, n in OUTLIER_FACTOR.items())
+    progress["epoch_steps"].append(found)
     progress.update(step=progress["step"] + 1, seconds=seconds,
-                    high=max(0, progress["high"] + (1 if high else -1)))
-    added = found if finite else dict.fromkeys(found, 0.0)
-    gradient = max(sums.get("gradient", 0.0), added["gradient"])
-    progress["sums"] = {k: sums.get(k, 0.0) + v for k, v in added.items()}
-    progress["sums"].update(gradient=gradient, steps=sums.get("steps", 0) + finite,
-                            skipped=sums.get("skipped", 0) + (not finite))
-    if not high:
-        known = min(known + 1, MEMORY)
-        means = {k: (usual.get(k, 0.0) * (known - 1) + found[k]) / known for k in FAR}
-        progress["usual"] = {**usual, **means, "steps": known}
+                    outliers=max(0, progress["outliers"] + (1 if outlier else -1)))
+    if not outlier:
+        known = min(known + 1, WINDOW)
+        means = {k: (mean.get(k, 0.0) * (known - 1) + found[k]) / known for k in OUTLIER_FACTOR}
+        progress["running_mean"] = {**mean, **means, "steps": known}
 
 
-def go_back(progress: dict, found: dict[str, float], s: Settings, model: TransFusion, optimizer,
+def roll_back(progress: dict, found: dict[str, float], s: Settings, model: TransFusion, optimizer,
             average, folder: Path) -> dict:
     """After a run-away: the last checkpoint put in place, to go on with half the learning rate.
 
-    Returns its progress record. Raises InputError when this has been done RETURNS times.
+    Returns its progress record. Raises InputError when this has been done MAX_ROLLBACKS times.
     """
-    seen = ", ".join(f"{k} {found[k]:.3g}, usually {progress['usual'].get(k, math.nan):.3g}"
-                     for k in FAR)
+    seen = ", ".join(f"{k} {found[k]:.3g}, usually {progress['running_mean'].get(k, math.nan):.3g}"
+                     for k in OUTLIER_FACTOR)
     seen = f"the training ran away at step {progress['step']} ({seen})"
-    if progress["returns"] == RETURNS:
+    if progress["rollbacks"] == MAX_ROLLBACKS:
         others = [f"a lower --lr than {s.lr:g}", "--clip 1" if not s.clip else "",
                   "--attention-norm" if not s.attention_norm else "",
                   "--precision float32" if s.precision == "bf16" else ""]
-        raise InputError(f"{seen}, as it did {RETURNS} times before, when it went back to a "
+        raise InputError(f"{seen}, as it did {MAX_ROLLBACKS} times before, when it went back to a "
                          f"checkpoint and on with half the learning rate, the last time with "
-                         f"1/{2 ** RETURNS} of it; start again under another --name, with "
+                         f"1/{2 ** MAX_ROLLBACKS} of it; start again under another --name, with "
                          f"{' or '.join(filter(None, others))}")
     healthy = resume(load_checkpoint(folder / "last.pt")[1], model, optimizer, average, folder)
-    healthy["returns"] = progress["returns"] + 1
+    healthy["rollbacks"] = progress["rollbacks"] + 1
     tqdm.write(f"  {seen}: back to step {healthy['step']}, and on with "
-               f"1/{2 ** healthy['returns']} of the learning rate")
+               f"1/{2 ** healthy['rollbacks']} of the learning rate")
     return healthy
 
 
 def close_epoch(progress: dict, per_epoch: int, rate: float, bar: tqdm) -> None:
-    """Turn the sums into a row of the log: the epoch's mean losses, its largest gradient norm and
-    the number of steps skipped."""
-    sums = dict(progress["sums"])
-    counted, skipped = sums.pop("steps"), sums.pop("skipped")
-    gradient = sums.pop("gradient") if counted else math.nan
-    means = {k: v / counted if counted else math.nan for k, v in sums.items()}
+    """Turn the epoch's steps into a row of the log: mean losses, the largest gradient norm and the
+    number of steps skipped."""
+    steps = progress["epoch_steps"]
+    finite = [found for found in steps if all(map(math.isfinite, found.values()))]
+    means = {k: math.fsum(found[k] for found in finite) / len(finite) if finite else math.nan
+             for k in steps[0] if k != "gradient"}
     progress["log"].append({"epoch": math.ceil(progress["step"] / per_epoch),
-                            "step": progress["step"], **means, "gradient": gradient,
-                            "skipped": skipped, "lr": rate,
+                            "step": progress["step"], **means,
+                            "gradient": max((found["gradient"] for found in finite),
+                                            default=math.nan),
+                            "skipped": len(steps) - len(finite), "lr": rate,
                             "seconds": round(progress["seconds"], 1)})
-    progress["sums"] = {}
+    progress["epoch_steps"] = []
     bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
 
 
@@ -388,23 +386,21 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     if (folder / "data.json").exists():
         refuse_other_data(folder, data.find_category(s.data, s.category, data.root_folder(s.root)))
     if (folder / "metrics.json").exists():
-        if read_json(folder / "metrics.json").get("step") == 0:
-            raise InputError(f"{folder} holds scored --weights; give this training a --name")
-        there = read_json(folder / "config.json")
-        if (there["steps"], there["epochs"]) == (s.steps, s.epochs):
+        there, found = (read_json(folder / f"{name}.json") for name in ("config", "metrics"))
+        if found.get("step") != 0 and (there["steps"], there["epochs"]) == (s.steps, s.epochs):
             print(f"{folder} is finished with these settings: skipped (--eval scores it again)")
-            return read_json(folder / "metrics.json")
+            return found
     state = None
     if (folder / "last.pt").exists():
+        begun, state = load_checkpoint(folder / "last.pt")
+        if not state["optimizer"]:
+            raise InputError(f"{folder} holds scored --weights; give this training a --name")
         if not flags.resume:
             raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
                              f"NAME starts another")
-        begun, state = load_checkpoint(folder / "last.pt")
         if state["format"] < FORMAT:
             raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone "
                              f"can go on with it; start again with --name")
-        if not state["optimizer"]:
-            raise InputError(f"{folder} holds scored --weights; give this training a --name")
         if begun.precision != s.precision:
             print(f"  goes on in {s.precision}; it was begun in {begun.precision}")
     elif flags.resume:
@@ -422,8 +418,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
                          f"images to score")
     with locked(folder):
         if RANK == 0:
-            save_json(folder / "config.json", dataclasses.asdict(s))
             (folder / "metrics.json").unlink(missing_ok=True)        # of a shorter training
+            save_json(folder / "config.json", dataclasses.asdict(s))
             if not (folder / "data.json").exists():
                 keep_data(folder, source)
         model, progress = train(model, s, source, folder, state, flags.eval_every)
@@ -437,7 +433,7 @@ def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progre
     """
     prepared = prepare(model, s, source)
     normal = normal_scores(model, s, source)
-    add_to_checkpoint(folder / "last.pt", normal=normal, **prepared)
+    add_to_checkpoint(folder / "last.pt", settings=dataclasses.asdict(s), normal=normal, **prepared)
     image = threshold(normal, s) if normal else None
     if normal:
         print(f"  {in_words(normal, image)}")
@@ -491,20 +487,17 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
         model, progress, suffix = start_model(s, flags.weights), new_progress(), ""
     else:
         model, trained, progress = load_model(folder / "last.pt", torch.device(s.device))
-        changed = [k for k in flags.given if k not in SCORING and k not in NOT_COMPARED
-                   and k not in ("data", "category", "name")
-                   and getattr(s, k) != getattr(trained, k)]
+        aside = {*SCORING, *NOT_COMPARED, "data", "category", "name"}
+        changed = [k for k in sorted(flags.given - aside) if getattr(s, k) != getattr(trained, k)]
         if changed:
             raise InputError(f"--eval: {', '.join(changed)} cannot be changed after training")
         scoring = {k: getattr(s, k) for k in flags.given if k in SCORING}
         s = dataclasses.replace(trained, **scoring, data=s.data, root=s.root, out=s.out,
                                 device=s.device, memory_gb=s.memory_gb, eval_batch=s.eval_batch)
-        check(s)
         suffix = "".join(f"-{k}{getattr(s, k)}" for k in SCORING
                          if getattr(s, k) != getattr(trained, k))
-        begun = dataclasses.asdict(trained)
-        if (folder / "config.json").exists():                # of a longer training, perhaps
-            begun = read_json(folder / "config.json")
+        config = folder / "config.json"                      # of a longer training, perhaps
+        begun = read_json(config) if config.exists() else dataclasses.asdict(trained)
         if "normal" not in progress or any(begun[k] != getattr(trained, k)
                                            for k in ("steps", "epochs")):
             suffix = f"-step{progress['step']}{suffix}"
@@ -589,8 +582,9 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(one.category)
     if any("image_auroc" in row for row in rows):
         print_table(rows)
-    print("\nresults are in " + ", ".join(str(run_folder(dataclasses.replace(s, category=name)))
-                                          for name in names if name not in failed))
+    if rows:
+        print("\nresults are in " + ", ".join(str(run_folder(dataclasses.replace(s, category=name)))
+                                              for name in names if name not in failed))
     if failed:
         raise InputError(f"{len(failed)} of {len(names)} categories failed, for the reasons above: "
                          f"{', '.join(failed)}")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Patch, Rectangle
+from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -71,6 +72,15 @@ class Run:
     def images(self, indices) -> Tensor:
         """Test images as the model sees them, [B, 3, H, W] in [-1, 1]."""
         return scale(self.source.test[list(indices)])
+
+    def normal(self, indices) -> Tensor:
+        """The demo's test images without their defects (the n of Eq. 1), as the model sees them:
+        [B, 3, H, W] in [-1, 1]."""
+        items = [self.source.category.test[k] for k in indices]
+        drawn = [demo.draw(self.s.category, item.defect if item.label else None,
+                           int(item.path.stem), healed=True)[0] for item in items]
+        return scale(torch.from_numpy(np.stack([
+            data.preprocess(Image.fromarray(n), self.s.resize, self.s.crop) for n in drawn])))
 
     def original(self, k: int) -> Tensor:
         """A test image on the scoring grid, 256 px less the crop, [3, side, side] in [-1, 1]."""

@@ -532,7 +532,7 @@ def test_what_is_usual_in_a_stage_is_no_measure_for_another(parts, monkeypatch):
     assert train.main([*argv, "12"]) == 0
 
     def stop(progress, *_):
-        seen.append(progress["usual"])
+        seen.append(progress["running_mean"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "count_step", stop)

@@ -420,9 +420,9 @@ def test_labels_among_the_images_are_refused_by_name(bolt, tmp_path, capsys, pla
 
 
 def test_a_part_that_is_called_like_a_label_is_one(bolt):
-    for name in ("black_mask.png", "mask_7.png"):                   # no image beside it
+    for name in ("black_mask.png", "mask_7.png", "_mask.png", "gt-.png"):    # no image beside it
         png(bolt / "train/good" / name, picture())
-    assert len(read(bolt).train) == 6
+    assert len(read(bolt).train) == 8
 
 
 # ---------------------------------------------------------------- folders as people fill them
@@ -810,6 +810,17 @@ def test_a_finished_run_is_trained_for_longer(factory, capsys):
     log = rows_of(run / "log.csv")
     assert log[-1]["step"] == "9" and all(row["skipped"] == "0" for row in log)
     refused(capsys, [*words, "--steps", "7", "--resume"], "9 steps long already")
+
+
+def test_an_interrupted_run_can_be_ended_early(factory):
+    run, words = factory / "runs/parts/bolt", argv_for(factory / "parts")
+    state = torch.load(run / "last.pt", weights_only=True)
+    del state["normal"]
+    torch.save({**state, "settings": {**state["settings"], "steps": 9}}, run / "last.pt")
+    (run / "metrics.json").unlink()                                 # as if stopped at 6 of 9 steps
+    assert train.main([*words, "--steps", "6", "--resume"]) == 0
+    assert train.main([*words, "--eval"]) == 0
+    assert not list(run.glob("metrics-step*"))
 
 
 def test_a_training_does_not_go_on_with_other_textures(factory, capsys):

@@ -91,20 +91,20 @@ def test_a_step_that_is_not_finite_changes_nothing(sick, parts, monkeypatch):  #
 def count(progress, steps, **found):
     for _ in range(steps):
         train.count_step(progress, healthy(**found), 1.0)
-    return progress["high"]
+    return progress["outliers"]
 
 
 def test_what_counts_as_a_run_away():
     progress = runs.new_progress()
-    count(progress, train.START)
+    count(progress, train.BURN_IN)
     assert count(progress, 3, loss=50.0) == 3 and count(progress, 3) == 0      # a spike passes
-    for change in (dict(loss=0.29), dict(gradient=19.0)):                # below FAR
+    for change in (dict(loss=0.29), dict(gradient=19.0)):                # below OUTLIER_FACTOR
         assert count(progress, 5, **change) == 0
     for change in (dict(loss=0.5), dict(gradient=50.0), dict(loss=math.nan),
                    dict(gradient=math.inf)):
-        progress["high"] = 0
+        progress["outliers"] = 0
         assert count(progress, 9, **change) == 9, change
-    assert progress["usual"]["loss"] < 0.2 and progress["usual"]["gradient"] < 10
+    assert progress["running_mean"]["loss"] < 0.2 and progress["running_mean"]["gradient"] < 10
 
 
 def test_a_slow_change_is_no_run_away():
@@ -116,7 +116,7 @@ def test_a_slow_change_is_no_run_away():
 @pytest.fixture
 def runs_away(monkeypatch):
     """Make the steps from 8 on sick, as often as asked; a run-away is told after five of them."""
-    for name, value in (("START", 6), ("SPIKES", 1), ("RUN_AWAY", 4)):
+    for name, value in (("BURN_IN", 6), ("MAX_OUTLIERS_AT_END", 1), ("MAX_OUTLIERS", 4)):
         monkeypatch.setattr(train, name, value)
     make_batch, save_checkpoint, counted, saved = train.make_batch, train.save_checkpoint, [], []
 
@@ -130,7 +130,7 @@ def runs_away(monkeypatch):
         monkeypatch.setattr(train, "make_batch", make)
 
     def watched(path, s, model, average, optimizer, progress):
-        saved.append((progress["step"], progress["high"]))
+        saved.append((progress["step"], progress["outliers"]))
         save_checkpoint(path, s, model, average, optimizer, progress)
 
     monkeypatch.setattr(train, "save_checkpoint", watched)
@@ -147,7 +147,7 @@ def test_a_run_away_goes_back_and_ends_well(parts, runs_away, capsys):  # noqa: 
     assert "ran away at step 13 (loss " in out
     assert "back to step 6, and on with 1/2 of the learning rate" in out
     whole = torch.load(last(parts, "whole"), weights_only=True)
-    assert whole["returns"] == 1 and whole["step"] == 16
+    assert whole["rollbacks"] == 1 and whole["step"] == 16
     assert all(v.isfinite().all() for v in whole["model"].values())
     assert [step for step, _ in runs_away.saved] == [0, 3, 6, 9, 12, 15, 16]
     assert all(high == 0 for _, high in runs_away.saved)
@@ -164,7 +164,7 @@ def test_bit_identical_when_resumed_after_a_run_away(parts, runs_away, monkeypat
     score_epoch = train.score_epoch
 
     def interrupted(model, s, source, folder, progress, eval_every):
-        if progress["returns"] and progress["step"] == 12:
+        if progress["rollbacks"] and progress["step"] == 12:
             os.kill(os.getpid(), signal.SIGINT)
         score_epoch(model, s, source, folder, progress, eval_every)
 
@@ -182,7 +182,7 @@ def test_three_returns_and_then_the_error(parts, runs_away, capsys):  # noqa: F8
     refused(capsys, argv, "ran away at step 13", "1/8 of it", "another --name",
             "with a lower --lr than 0.001")
     state = torch.load(last(parts, "sick"), weights_only=True)
-    assert state["step"] == 6 and state["high"] == 0
+    assert state["step"] == 6 and state["outliers"] == 0
 
 
 @pytest.mark.parametrize("changes, advice", [
@@ -190,9 +190,9 @@ def test_three_returns_and_then_the_error(parts, runs_away, capsys):  # noqa: F8
     (dict(clip=1.0, attention_norm=True), "a lower --lr than 1e-05"),
     (dict(precision="bf16", clip=1.0), "1e-05 or --attention-norm or --precision float32")])
 def test_the_error_names_only_what_is_not_set(changes, advice, tmp_path):
-    progress = {**runs.new_progress(), "returns": train.RETURNS}
+    progress = {**runs.new_progress(), "returns": train.MAX_ROLLBACKS}
     with pytest.raises(InputError, match=f"{advice}$"):
-        train.go_back(progress, healthy(), Settings(**changes), None, None, None, tmp_path)
+        train.roll_back(progress, healthy(), Settings(**changes), None, None, None, tmp_path)
 
 
 # ---------------------------------------------------------------- checkpoints of before

@@ -18,7 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
@@ -94,7 +93,7 @@ def measure(work: tuple[Settings, Path]) -> dict:
         with open(folder / "log.txt", "w") as file, redirect_stdout(file), redirect_stderr(file):
             _, progress = train.train(model, s, load_source(s), folder)
         log = progress["log"]
-        row |= {"end": "finished", "returns": progress["returns"],
+        row |= {"end": "finished", "returns": progress["rollbacks"],
                 "skipped": sum(epoch["skipped"] for epoch in log),
                 "largest_gradient": f"{max(epoch['gradient'] for epoch in log):.4g}",
                 **{f"L_{k}": f"{log[-1][k]:.4g}" for k in "nmac"}}
