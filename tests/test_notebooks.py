@@ -8,6 +8,8 @@ from decimal import ROUND_HALF_UP, Decimal
 import nbformat
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from nbclient import NotebookClient
 
 import data
@@ -179,6 +181,16 @@ def test_runs_of_other_methods_are_kept_apart(small, demo_root, tmp_path):
     run = figures.load_run("demo", str(tmp_path), str(demo_root))
     others = figures.other_methods(run, str(demo_root))
     assert list(others) == ["draem"] and others["draem"].folder.name == "fabric-draem"
+
+
+def test_the_true_normal_image_is_the_photo_but_for_its_defect(small, demo_root):
+    run = figures.open_run(small[0], str(demo_root))
+    good, bad = (np.flatnonzero(run.labels == label)[:3] for label in (0, 1))
+    assert torch.equal(run.normal(good), run.images(good))
+    change = (run.normal(bad) - run.images(bad)).abs().mean(1)
+    truth = torch.from_numpy(np.stack([run.truth(k) for k in bad]))[:, None].float()
+    near = F.adaptive_max_pool2d(F.max_pool2d(truth, 41, 1, 20), run.s.crop)[:, 0] > 0
+    assert change[near].mean() > 0.02 and change[~near].max() < 0.02
 
 
 def test_a_restoration_in_the_notebooks_is_that_of_the_runs_scores(small, demo_root):
