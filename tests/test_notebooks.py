@@ -190,7 +190,7 @@ def test_the_true_normal_image_is_the_photo_but_for_its_defect(small, demo_root)
     change = (run.normal(bad) - run.images(bad)).abs().mean(1)
     truth = torch.from_numpy(np.stack([run.truth(k) for k in bad]))[:, None].float()
     near = F.adaptive_max_pool2d(F.max_pool2d(truth, 41, 1, 20), run.s.crop)[:, 0] > 0
-    assert change[near].mean() > 0.02 and change[~near].max() < 0.02
+    assert change[near].mean() > 0.01 and change[~near].max() < 0.02
 
 
 def test_a_restoration_in_the_notebooks_is_that_of_the_runs_scores(small, demo_root):
