@@ -402,5 +402,9 @@ def check(s: Settings) -> None:
         raise InputError(f"--channels {s.channels}: must be a multiple of 8")
     if s.kernel < 1 or s.kernel % 2 == 0:
         raise InputError(f"--kernel {s.kernel}: must be odd and positive")
+    for f in dataclasses.fields(s):                  # of values that came by no command line
+        choices = f.metadata["choices"]
+        if choices and getattr(s, f.name) not in (*choices, f.default):
+            raise InputError(f"{f.name} {getattr(s, f.name)!r}: one of {', '.join(choices)}")
     if set(s.drop_loss) - set("nmac") or len(set(s.drop_loss)) == 4:
         raise InputError(f"--drop-loss {s.drop_loss}: up to three letters of nmac")

@@ -36,7 +36,7 @@ from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, keep_dat
                   load_torch, locked, new_progress, read_json, refuse_other_data,
                   refuse_other_run, run_folder, save_atomically, save_checkpoint, save_csv,
                   save_json, steps_per_epoch)
-from settings import (NOT_COMPARED, SCORING, InputError, Settings, exit_status, parse,
+from settings import (NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse,
                       progress_bar)
 from transfusion import TransFusion
 
@@ -252,7 +252,7 @@ def count_step(progress: dict, found: dict[str, float], seconds: float) -> None:
 
 
 def roll_back(progress: dict, found: dict[str, float], s: Settings, model: TransFusion, optimizer,
-            average, folder: Path) -> dict:
+              average, folder: Path) -> dict:
     """After a run-away: the last checkpoint put in place, to go on with half the learning rate.
 
     Returns its progress record. Raises InputError when this has been done MAX_ROLLBACKS times.
@@ -395,12 +395,12 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         begun, state = load_checkpoint(folder / "last.pt")
         if not state["optimizer"]:
             raise InputError(f"{folder} holds scored --weights; give this training a --name")
-        if not flags.resume:
-            raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
-                             f"NAME starts another")
         if state["format"] < FORMAT:
             raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone "
                              f"can go on with it; start again with --name")
+        if not flags.resume:
+            raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --name "
+                             f"NAME starts another")
         if begun.precision != s.precision:
             print(f"  goes on in {s.precision}; it was begun in {begun.precision}")
     elif flags.resume:
@@ -494,6 +494,7 @@ def score_again(s: Settings, flags: argparse.Namespace) -> dict:
         scoring = {k: getattr(s, k) for k in flags.given if k in SCORING}
         s = dataclasses.replace(trained, **scoring, data=s.data, root=s.root, out=s.out,
                                 device=s.device, memory_gb=s.memory_gb, eval_batch=s.eval_batch)
+        check(s)
         suffix = "".join(f"-{k}{getattr(s, k)}" for k in SCORING
                          if getattr(s, k) != getattr(trained, k))
         config = folder / "config.json"                      # of a longer training, perhaps

@@ -547,6 +547,8 @@ def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):  # n
     if method == "draem":                                 # it has one pass
         at = argv.index("--infer-steps")
         del argv[at:at + 2]
+    s, _ = settings.parse(argv)
+    assert train.seconds_per_step(train.start_model(s, ""), s, runs.load_source(s)) > 0
     assert train.main([*argv, "--name", "whole"]) == 0
     folder = tmp_path / "runs" / "parts"
     whole, resumed = (folder / f"bolt-{method}-{name}" for name in ("whole", "resumed"))

@@ -185,7 +185,7 @@ def test_runs_of_other_methods_are_kept_apart(small, demo_root, tmp_path):
 
 def test_the_true_normal_image_is_the_photo_but_for_its_defect(small, demo_root):
     run = figures.open_run(small[0], str(demo_root))
-    good, bad = (np.flatnonzero(run.labels == label)[:3] for label in (0, 1))
+    good, bad = (np.flatnonzero(run.labels == label)[::11] for label in (0, 1))
     assert torch.equal(run.normal(good), run.images(good))
     change = (run.normal(bad) - run.images(bad)).abs().mean(1)
     truth = torch.from_numpy(np.stack([run.truth(k) for k in bad]))[:, None].float()

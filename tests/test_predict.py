@@ -194,6 +194,11 @@ def test_the_map_of_the_run_is_the_one_inspected(small):
         assert found.score == pytest.approx(want, rel=1e-4)
 
 
+def test_a_final_mask_that_does_not_exist_is_refused(small):
+    with pytest.raises(ValueError, match="final_mask 'first': one of combined, disc, recon, last"):
+        predict.load(small[0], final_mask="first")
+
+
 def test_a_long_list_goes_through_the_network_in_parts(small, photos, monkeypatch):
     model, sizes = predict.load(small[0], infer_steps=1), []
     restore = model.model.restore
@@ -236,7 +241,7 @@ def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_pat
     assert rows_of(tmp_path / "o" / "regions.csv") == []
 
 
-def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsys):
+def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsys, monkeypatch):
     s = Settings(resize=32, crop=32, channels=8, T=2)
     model = tmp_path / "model.pt"
     runs.save_checkpoint(model, s, runs.build_model(s), None, None, {"normal": None})
@@ -256,6 +261,10 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
         assert predict.main([str(model), "--calibrate", str(photos)]) == 0
         assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
         assert "from 8 held-out images" in capsys.readouterr().out
+    (tmp_path / "maps").mkdir()                         # a name of ours, but nothing of ours in it
+    shutil.copy(one, tmp_path / "maps")
+    monkeypatch.chdir(tmp_path)
+    assert predict.main([str(model), "--calibrate", "maps"]) == 0
     with pytest.raises(SystemExit):
         predict.main([str(model), "--calibrate", one, "--false-alarms", "0.5"])
     assert "are for IMAGES" in capsys.readouterr().err

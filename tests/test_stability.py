@@ -150,7 +150,7 @@ def test_a_run_away_goes_back_and_ends_well(parts, runs_away, capsys):  # noqa: 
     assert whole["rollbacks"] == 1 and whole["step"] == 16
     assert all(v.isfinite().all() for v in whole["model"].values())
     assert [step for step, _ in runs_away.saved] == [0, 3, 6, 9, 12, 15, 16]
-    assert all(high == 0 for _, high in runs_away.saved)
+    assert all(outliers == 0 for _, outliers in runs_away.saved)
     with open(last(parts, "whole").with_name("log.csv")) as file:
         rows = list(csv.DictReader(file))
     assert [float(row["lr"]) for row in rows] == [1e-3, 1e-3] + [5e-4] * 4
@@ -190,7 +190,7 @@ def test_three_returns_and_then_the_error(parts, runs_away, capsys):  # noqa: F8
     (dict(clip=1.0, attention_norm=True), "a lower --lr than 1e-05"),
     (dict(precision="bf16", clip=1.0), "1e-05 or --attention-norm or --precision float32")])
 def test_the_error_names_only_what_is_not_set(changes, advice, tmp_path):
-    progress = {**runs.new_progress(), "returns": train.MAX_ROLLBACKS}
+    progress = {**runs.new_progress(), "rollbacks": train.MAX_ROLLBACKS}
     with pytest.raises(InputError, match=f"{advice}$"):
         train.roll_back(progress, healthy(), Settings(**changes), None, None, None, tmp_path)
 
@@ -203,11 +203,17 @@ def test_a_checkpoint_of_before_loads_as_what_it_was(parts, capsys):  # noqa: F8
     assert train.main(argv) == 0
     path = last(parts, "old")
     state = torch.load(path, weights_only=True)
+    for key in ("epoch_steps", "running_mean", "outliers", "rollbacks"):
+        del state[key]
+    torch.save({**state, "format": 2, "sums": {}, "usual": {}, "high": 0, "returns": 0}, path)
+    assert train.main([*argv, "--eval"]) == 0
+    path.with_name("metrics.json").unlink()                         # as if it had not ended
+    for words in ([], ["--resume"]):
+        refused(capsys, [*argv, *words], "begun by an earlier version", "--name")
     del state["settings"]["attention_norm"]
     state["settings"]["attention_lr"] = 0.1
     torch.save({**state, "format": 1}, path)
     model, s, _ = runs.load_model(path, torch.device("cpu"))
     assert not s.attention_norm and isinstance(model.net.middle.attn.norm, torch.nn.Identity)
-    path.with_name("metrics.json").unlink()
     refused(capsys, [*argv, "--resume"], "begun by an earlier version", "--name")
     assert dataclasses.asdict(s)["steps"] == 9
