@@ -12,7 +12,7 @@ import train
 from test_train import argv_for, parts, write_parts  # noqa: F401  (a fixture)
 
 HERE = Path(train.__file__).parent
-STEPS = 21                      # from here on the time of a step is measured
+STEPS = 20
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -33,6 +33,7 @@ for batchnorm in ("frozen", "split"):
         model.net.mask_head[0].eval()
     train.make_batch = lambda *which: batches.append(make_batch(*which)) or batches[-1]
     train.mean_over_ranks = lambda each: losses.append(mean_over_ranks(each)) or losses[-1]
+    train.seconds_per_step(model, s, source)                    # which all ranks measure together
     train.train(model, s, source, run_folder(s))
     torch.save({{"model": dict(model.named_parameters()), "batches": batches[-{STEPS}:],
                 "losses": [list(each.values()) for each in losses]}},
