@@ -34,23 +34,34 @@ def data_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_root(data_folder) -> Path:
-    """A folder that holds the demo data as demo/CATEGORY."""
-    demo.write(data_folder / "demo")
+    """A folder that holds the demo's fabric as demo/fabric."""
+    demo.write(data_folder / "demo", "fabric")
     return data_folder
+
+
+@pytest.fixture(scope="session")
+def whole_demo(training, data_folder) -> Path:
+    """A folder that holds the demo data as demo/CATEGORY."""
+    trained(training)
+    return data_folder
+
+
+LATE = {"small", "executed", "whole_demo"}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def training(request, data_folder, tmp_path_factory):
-    """The small model's training, on one core beside the tests that do without it; its arguments
-    and the file of what it prints."""
-    if not any({"small", "executed"} & {*item.fixturenames} for item in request.session.items):
+    """The small model's training, then the drawing of the demo's other products, on one core beside
+    the tests that do without; the training's arguments and the file of what it prints."""
+    if not any(LATE & {*item.fixturenames} for item in request.session.items):
         yield
         return
     demo.write(data_folder / "demo", "fabric")
     out = tmp_path_factory.mktemp("small") / "runs"
     argv = [*SMALL, "--root", str(data_folder), "--out", str(out)]
-    code = (f"import sys, evaluate, train; evaluate.SYNTHETIC = {SYNTHETIC}; "
-            "sys.exit(train.main(sys.argv[1:]))")
+    code = (f"import pathlib, sys, demo, evaluate, train; evaluate.SYNTHETIC = {SYNTHETIC}; "
+            f"failed = train.main(sys.argv[1:]); demo.write(pathlib.Path({str(data_folder)!r}) / "
+            "'demo'); sys.exit(failed)")
     log = out.parent / "log"
     with open(log, "w") as printed, subprocess.Popen(
             [sys.executable, "-c", code, *argv], cwd=Path(train.__file__).parent, stdout=printed,
@@ -77,5 +88,5 @@ def pytest_collection_modifyitems(items):
     notebooks, which the first test has run as soon as that model is trained. By then both cores are
     free for the tests of several ranks."""
     items.sort(key=lambda item: (item.name != "test_there_are_notebooks",
-                                 "small" in item.fixturenames or item.path.stem == "test_ranks",
+                                 bool(LATE & {*item.fixturenames}) or item.path.stem == "test_ranks",
                                  item.name.startswith("test_notebook_runs")))

@@ -34,9 +34,9 @@ def test_masks_show_where_the_defect_is(category, defect):
         assert change[ndimage.distance_transform_edt(~mask) > 20].max() <= 2
 
 
-def test_the_data_set_on_disk(demo_root):
+def test_the_data_set_on_disk(whole_demo):
     for category, defects in demo.DEFECTS.items():
-        found = data.find_category("demo", category, demo_root)
+        found = data.find_category("demo", category, whole_demo)
         labels = [item.label for item in found.test]
         assert len(found.train) >= 60 and labels.count(0) >= 20 and labels.count(1) >= 40
         assert len(defects) >= 3 and {item.defect for item in found.test} == {*defects, "good"}
@@ -83,10 +83,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         demo.write(tmp_path / "file" / "demo")
 
 
-def test_no_threshold_on_brightness_solves_it(demo_root):
+def test_no_threshold_on_brightness_solves_it(whole_demo):
     """A per-pixel mean and standard deviation of the train images, smoothed as Eq. 10 does."""
     for category in demo.PRODUCTS:
-        found, measured = mean_std_model(demo_root, category)
+        found, measured = mean_std_model(whole_demo, category)
         assert measured["image_auroc"] < 0.85 and measured["aupro"] < 0.8, category
 
 

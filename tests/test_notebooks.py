@@ -42,16 +42,16 @@ NOT_THE_MEAN = {
 
 
 @pytest.fixture(scope="session")
-def executed(training, demo_root):
+def executed(training, data_folder):
     """The notebooks, one after the other in the background on one core, with the small model's run
     and data instead of ../runs."""
     def execute(path):
         folder, _ = trained(training)
         notebook = nbformat.read(path, as_version=4)
         setup = notebook.cells[1]
-        source = setup.source.replace('"../data"', repr(str(demo_root)))
+        source = setup.source.replace('"../data"', repr(str(data_folder)))
         setup.source = source.replace('"../runs"', repr(str(folder.parents[1])))
-        assert setup.source.count(str(demo_root)) == 1
+        assert setup.source.count(str(data_folder)) == 1
         NotebookClient(notebook, timeout=300,
                        resources={"metadata": {"path": str(FOLDER)}}).execute(
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
