@@ -16,7 +16,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +33,10 @@ import demo
 import perlin
 from evaluate import (draw_preview, in_words, network_calls, normal_scores, prepare, score,
                       synthetic_found, threshold, write_results)
-from runs import (FORMAT, RANK, Source, add_to_checkpoint, build_model, keep_data,
-                  load_authors_weights, load_checkpoint, load_model, load_source, load_state,
-                  load_torch, locked, new_progress, read_json, refuse_other_data,
-                  refuse_other_run, run_folder, save_atomically, save_checkpoint, save_csv,
-                  save_json, steps_per_epoch)
+from runs import (FORMAT, RANK, Source, build_model, keep_data, load_authors_weights,
+                  load_checkpoint, load_model, load_source, load_state, load_torch, locked,
+                  new_progress, read_json, refuse_other_data, refuse_other_run, run_folder,
+                  save_atomically, save_checkpoint, save_csv, save_json, steps_per_epoch)
 from settings import (NOT_COMPARED, SCORING, InputError, Settings, check, exit_status, parse,
                       progress_bar)
 from transfusion import TransFusion
@@ -50,12 +51,13 @@ WINDOW, BURN_IN, MAX_OUTLIERS, MAX_OUTLIERS_AT_END, MAX_ROLLBACKS = 100, 20, 20,
 
 
 def train(model: TransFusion, s: Settings, source: Source, folder: Path,
-          state: dict | None = None, eval_every: int = 0) -> tuple[TransFusion, dict]:
+          state: dict | None = None, eval_every: int = 0) -> tuple[TransFusion, dict, Callable]:
     """Train to the last step, from the start or from `state`, a checkpoint's content.
 
     A step whose loss or gradient is not finite changes nothing. A training that runs away goes back
     to its last checkpoint, with half the learning rate from there; what is sick is never saved.
-    Returns the model to score, averaged where the settings say so, and the progress record.
+    Returns the model to score, averaged where the settings say so, the progress record, and what
+    saves both again: save(progress), with more in it.
     Raises InputError where it runs away again after MAX_ROLLBACKS times, KeyboardInterrupt, with
     all saved, where it was asked to stop.
     """
@@ -118,7 +120,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
                 if asked_to_stop and not at_end:
                     raise KeyboardInterrupt(f"stopped at step {progress['step']} of {steps}; the "
                                             f"same command with --resume goes on from there")
-    return scored, progress
+    return scored, progress, partial(save_checkpoint, folder / "last.pt", s, model, average,
+                                     optimizer)
 
 
 # ---------------------------------------------------------------- a step
@@ -422,18 +425,20 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
             save_json(folder / "config.json", dataclasses.asdict(s))
             if not (folder / "data.json").exists():
                 keep_data(folder, source)
-        model, progress = train(model, s, source, folder, state, flags.eval_every)
-        return {"category": s.category} if RANK else finish(model, s, source, folder, progress)
+        model, progress, save = train(model, s, source, folder, state, flags.eval_every)
+        return {"category": s.category} if RANK else finish(model, s, source, folder, progress,
+                                                            save)
 
 
-def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict) -> dict:
+def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict,
+           save: Callable) -> dict:
     """Give a trained model its threshold and score it, as far as there are images for that.
 
     Without defective ones the picture is a preview, of synthetic defects on held-out images.
     """
-    prepared = prepare(model, s, source)
+    prepare(model, s, source)
     normal = normal_scores(model, s, source)
-    add_to_checkpoint(folder / "last.pt", settings=dataclasses.asdict(s), normal=normal, **prepared)
+    save({**progress, "normal": normal})
     image = threshold(normal, s) if normal else None
     if normal:
         print(f"  {in_words(normal, image)}")

@@ -8,9 +8,9 @@ import pytest
 import bench
 
 
-def test_table_and_json(demo_root, tmp_path, capsys):
+def test_table_and_json(whole_demo, tmp_path, capsys):
     argv = ["--preset", "quick", "--batch", "8", "--channels", "8", "--resize", "32", "--repeats",
-            "1", "--device", "cpu", "--precision", "float32", "--root", str(demo_root)]
+            "1", "--device", "cpu", "--precision", "float32", "--root", str(whole_demo)]
     assert bench.main([*argv, "--json", str(tmp_path / "bench.json")]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -24,12 +24,13 @@ def test_table_and_json(demo_root, tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_cost_of_size_width_and_calls(demo_root, tmp_path):
+def test_cost_of_size_width_and_calls(monkeypatch):
+    monkeypatch.setattr(bench, "COST", {"crop": (32, 128), "channels": (8,), "calls": (1, 20)})
     s = bench.Settings(channels=8, crop=32, resize=32, device="cpu", precision="float32")
     rows = bench.cost_rows(s, 1)
     assert {r["varied"] for r in rows} == {"crop", "channels", "calls"}
     seconds = {(r["varied"], r[r["varied"]]): float(r["seconds_per_image"]) for r in rows}
-    assert seconds["crop", 256] > seconds["crop", 64]
+    assert seconds["crop", 128] > seconds["crop", 32]
     assert seconds["calls", 20] > 4 * seconds["calls", 1]
 
 

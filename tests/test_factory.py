@@ -797,13 +797,13 @@ def test_a_run_goes_on_where_bfloat16_is_not_fast(factory, monkeypatch, capsys):
 
 def test_a_finished_run_is_trained_for_longer(factory, capsys):
     run, words = factory / "runs/parts/bolt", argv_for(factory / "parts")
-    refused(capsys, [*words, "--steps", "9"], "a run of 6 steps; --resume trains it to this",
+    refused(capsys, [*words, "--steps", "9"], "a run of 3 steps; --resume trains it to this",
             "--name NAME begins another from the start")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "steps": 9}))
     (run / "metrics.json").unlink()                           # killed before its first checkpoint
     assert train.main([*words, "--eval"]) == 0
-    assert (run / "metrics-step6.json").exists() and not (run / "metrics.json").exists()
+    assert (run / "metrics-step3.json").exists() and not (run / "metrics.json").exists()
     assert train.main([*words, "--steps", "8", "--resume"]) == 0        # ends within an epoch
     assert train.main([*words, "--steps", "9", "--resume"]) == 0
     assert json.loads((run / "metrics.json").read_text())["step"] == 9
@@ -817,8 +817,8 @@ def test_an_interrupted_run_can_be_ended_early(factory):
     state = torch.load(run / "last.pt", weights_only=True)
     del state["normal"]
     torch.save({**state, "settings": {**state["settings"], "steps": 9}}, run / "last.pt")
-    (run / "metrics.json").unlink()                                 # as if stopped at 6 of 9 steps
-    assert train.main([*words, "--steps", "6", "--resume"]) == 0
+    (run / "metrics.json").unlink()                                 # as if stopped at 3 of 9 steps
+    assert train.main([*words, "--steps", "3", "--resume"]) == 0
     assert train.main([*words, "--eval"]) == 0
     assert not list(run.glob("metrics-step*"))
 
@@ -844,7 +844,7 @@ def test_a_run_without_a_threshold_names_the_command_that_gives_one(factory, cap
     assert predict.load(path).threshold
     assert train.main([*argv_for(factory / "parts"), "--eval"]) == 0    # is still unfinished
     assert not (path.parent / "metrics.json").exists()
-    assert (path.parent / "metrics-step6.json").exists()
+    assert (path.parent / "metrics-step3.json").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

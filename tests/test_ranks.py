@@ -2,51 +2,58 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from runs import load_source, make_folder, run_folder
+from settings import parse
 from test_train import argv_for, parts, write_parts  # noqa: F401  (a fixture)
 
 HERE = Path(train.__file__).parent
 STEPS = 20
 SCRIPT = f"""
 import sys
-sys.path.insert(0, {str(HERE)!r})
+sys.path[:0] = {[str(HERE), str(HERE / "tests")]}
 import torch, train
-from runs import load_source, make_folder, run_folder
-from settings import parse
+from test_ranks import train_both_ways
 
-out, *argv = sys.argv[1:]
-s, _ = parse([*argv, "--steps", "{STEPS}"])
-if train.RANKS > 1:
-    s = train.join_ranks(s)
-source = load_source(s)
-make_folder(run_folder(s))
-make_batch, mean_over_ranks = train.make_batch, train.mean_over_ranks
-for batchnorm in ("frozen", "split"):
-    model, batches, losses = train.start_model(s, ""), [], []
-    if batchnorm == "frozen":
-        model.net.mask_head[0].eval()
-    train.make_batch = lambda *which: batches.append(make_batch(*which)) or batches[-1]
-    train.mean_over_ranks = lambda each: losses.append(mean_over_ranks(each)) or losses[-1]
-    train.seconds_per_step(model, s, source)                    # which all ranks measure together
-    train.train(model, s, source, run_folder(s))
-    torch.save({{"model": dict(model.named_parameters()), "batches": batches[-{STEPS}:],
-                "losses": [list(each.values()) for each in losses]}},
-               out + batchnorm + str(train.RANK))
+assert train.main([*sys.argv[2:], "--batch", "6"]) == 2
+train_both_ways(*sys.argv[1:])
 """
 
 
-def launch(ranks, *argv):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), *argv], text=True,
-                          capture_output=True, timeout=300, cwd=HERE,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return done
+def train_both_ways(out, *argv):
+    """Train with the mask head's BatchNorm frozen, and with one that sees only its rank's share."""
+    s, _ = parse([*argv, "--steps", str(STEPS)])
+    if train.RANKS > 1:
+        s = train.join_ranks(s)
+    source = load_source(s)
+    make_folder(run_folder(s))
+    make_batch, mean_over_ranks = train.make_batch, train.mean_over_ranks
+    for batchnorm in ("frozen", "split"):
+        model, batches, losses = train.start_model(s, ""), [], []
+        if batchnorm == "frozen":
+            model.net.mask_head[0].eval()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "make_batch",
+                          lambda *which: batches.append(make_batch(*which)) or batches[-1])
+            patch.setattr(train, "mean_over_ranks",
+                          lambda each: losses.append(mean_over_ranks(each)) or losses[-1])
+            train.seconds_per_step(model, s, source)            # which all ranks measure together
+            train.train(model, s, source, run_folder(s))
+        torch.save({"model": dict(model.named_parameters()), "batches": batches[-STEPS:],
+                    "losses": [list(each.values()) for each in losses]},
+                   f"{out}{batchnorm}{train.RANK}")
+
+
+def torchrun(*argv):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node", "2", *argv], text=True, cwd=HERE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +63,14 @@ def trained(tmp_path_factory) -> Path:
     write_parts(folder)
     script = folder / "ranks.py"
     script.write_text(SCRIPT)
-    with ThreadPoolExecutor() as pool:
-        for done in pool.map(lambda ranks: launch(
-                ranks, str(script), str(folder / f"{ranks}-"), *argv_for(
-                    folder / "parts", "--batch", "8", "--hold-out", "0.33", "--name", str(ranks))),
-                (1, 2)):
-            assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([str(folder / f"{ranks}-"),
+                 *argv_for(folder / "parts", "--batch", "8", "--hold-out", "0.33", "--name", ranks)]
+                for ranks in "12")
+    with torchrun(str(script), *two) as process:
+        train_both_ways(*one)
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-2000:]
+    assert "--batch 6: 2 processes share it" in error and error.count("error:") == 1
     return folder
 
 
@@ -85,11 +94,9 @@ def test_two_ranks_train_as_one(trained, batchnorm):
 
 
 def test_the_command_under_torchrun(parts):  # noqa: F811
-    with ThreadPoolExecutor() as pool:
-        done, uneven = pool.map(lambda more: launch(2, "train.py", *argv_for(parts, *more)),
-                                ((), ("--batch", "6", "--name", "uneven")))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("image AUROC") == 1
+    with torchrun("train.py", *argv_for(parts)) as process:
+        printed, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-2000:]
+    assert printed.count("image AUROC") == 1
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert {"metrics.json", "last.pt", "log.csv"} <= {p.name for p in folder.iterdir()}
-    assert "--batch 6: 2 processes share it" in uneven.stderr and uneven.stderr.count("error:") == 1

@@ -37,10 +37,10 @@ def same(a, b):
     ("--attention-norm", True),
     pytest.param("--no-attention-norm", False, marks=pytest.mark.slow)])
 def test_attention_holds_at_a_rate_it_ran_away_at(flag, holds, demo_root, tmp_path):
-    """Ten times the preset's rate: logits of about 200 with the norm, 1e9 without it."""
+    """Ten times the preset's rate: logits of 350 to 500 with the norm, 1e10 and more without it."""
     s, _ = parse(["--preset", "quick", "--category", "fabric", "--resize", "32", "--channels", "8",
-                  "--precision", "float32", "--lr", "1e-2", "--steps", "200", flag, "--device",
-                  "cpu", "--root", str(demo_root)])
+                  "--precision", "float32", "--lr", "1e-2", "--lr-schedule", "step", "--steps",
+                  "90", flag, "--device", "cpu", "--root", str(demo_root)])
     model = train.start_model(s, "")
     largest = [0.0]
 
@@ -149,7 +149,7 @@ def test_a_run_away_goes_back_and_ends_well(parts, runs_away, capsys):  # noqa: 
     whole = torch.load(last(parts, "whole"), weights_only=True)
     assert whole["rollbacks"] == 1 and whole["step"] == 16
     assert all(v.isfinite().all() for v in whole["model"].values())
-    assert [step for step, _ in runs_away.saved] == [0, 3, 6, 9, 12, 15, 16]
+    assert [step for step, _ in runs_away.saved] == [0, 3, 6, 9, 12, 15, 16, 16]   # with threshold
     assert all(outliers == 0 for _, outliers in runs_away.saved)
     with open(last(parts, "whole").with_name("log.csv")) as file:
         rows = list(csv.DictReader(file))

@@ -23,8 +23,8 @@ import metrics
 import predict
 import settings
 import train
-from evaluate import (against_normal, in_words, score_maps, seconds_per_image, synthetic_defects,
-                      synthetic_found, threshold)
+from evaluate import (against_normal, in_words, score, score_maps, seconds_per_image,
+                      synthetic_defects, synthetic_found, threshold)
 from runs import (build_model, load_checkpoint, load_model, load_source, refuse_other_run,
                   steps_per_epoch)
 from settings import InputError, Settings, parse
@@ -72,7 +72,7 @@ def parts(tmp_path) -> Path:
 
 def argv_for(parts, *more):
     return ["--data", str(parts), "--category", "bolt", "--out", str(parts.parent / "runs"), *TINY,
-            "--steps", "6", "--root", str(parts.parent), *more]
+            "--steps", "3", "--root", str(parts.parent), *more]
 
 
 def refused(capsys, argv, *expected):
@@ -187,8 +187,8 @@ def test_controls_training_and_true_labels_matter(small, demo_root):
     """Above the untrained network, and above a per-pixel model; chance under permuted labels."""
     folder, argv = small
     trained = json.loads((folder / "metrics.json").read_text())
-    assert train.main([*argv, "--steps", "1", "--lr", "0", "--name", "untrained"]) == 0
-    untrained = json.loads((folder.parent / "fabric-untrained" / "metrics.json").read_text())
+    s, _ = parse(argv)
+    untrained, *_ = score(build_model(s), s, load_source(s))
     pixelwise = mean_std_model(demo_root, "fabric")[1]
     for name in ("image_auroc", "aupro"):
         assert trained[name] > untrained[name] + 0.1, name
@@ -294,7 +294,7 @@ def test_a_full_disk_at_the_checkpoint_leaves_nothing_half_written(parts):
 # ---------------------------------------------------------------- other ways to run
 
 def test_eval_every_logs_each_evaluation(parts):
-    assert train.main(argv_for(parts, "--eval-every", "2")) == 0     # 2 epochs of 3 steps
+    assert train.main(argv_for(parts, "--steps", "6", "--eval-every", "2")) == 0     # 3 an epoch
     with open(parts.parent / "runs" / "parts" / "bolt" / "eval.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["2"] and 0 <= float(rows[0]["image_auroc"]) <= 1
@@ -320,17 +320,18 @@ def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, mon
 
     make_batch = train.make_batch
     monkeypatch.setattr(train, "make_batch", interrupt)
-    assert train.main(argv_for(parts)) == 130
+    argv = argv_for(parts, "--steps", "6")
+    assert train.main(argv) == 130
     monkeypatch.undo()
     stopped = torch.load(folder / "last.pt", weights_only=True)["step"]
-    assert train.main(argv_for(parts, "--eval")) == 0
+    assert train.main([*argv, "--eval"]) == 0
     assert (folder / f"metrics-step{stopped}.json").exists()
     assert not (folder / "metrics.json").exists()
     assert predict.main([str(folder), str(parts / "bolt" / "test"), "--out",
                          str(parts.parent / "found"), "--device", "cpu"]) == 0
     assert "this model has no threshold" in capsys.readouterr().out
     # The folder spelt another way is the same run.
-    assert train.main(argv_for(Path(f"{parts}/./"), "--resume")) == 0
+    assert train.main(argv_for(Path(f"{parts}/./"), "--steps", "6", "--resume")) == 0
     assert (folder / "metrics.json").exists()
 
 
@@ -414,10 +415,11 @@ def test_epochs_beat_the_steps_of_a_preset():
 
 
 def test_eval_checks_inference_steps_against_the_runs_own_schedule(parts, capsys):
-    assert train.main(argv_for(parts, "--T", "30")) == 0
-    assert train.main(argv_for(parts, "--eval", "--infer-steps", "25")) == 0
-    assert train.main(argv_for(parts, "--T", "5", "--name", "short")) == 0
-    refused(capsys, argv_for(parts, "--name", "short", "--eval", "--infer-steps", "10"),
+    usual = ["--hold-out", "0", "--steps", "2"]
+    assert train.main(argv_for(parts, *usual, "--T", "30")) == 0
+    assert train.main(argv_for(parts, *usual, "--eval", "--infer-steps", "25")) == 0
+    assert train.main(argv_for(parts, *usual, "--T", "5", "--name", "short")) == 0
+    refused(capsys, argv_for(parts, *usual, "--name", "short", "--eval", "--infer-steps", "10"),
             "10 inference steps", "1 to 5")
 
 
@@ -497,8 +499,8 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
 
 def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys):
     torch.save(authors_state(), tmp_path / "bolt_model.pkl")
-    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0", "--eval",
-                    "--weights")
+    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0",
+                    "--hold-out", "0", "--eval", "--weights")
     assert train.main([*argv, str(tmp_path / "bolt_model.pkl")]) == 0
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert json.loads((folder / "metrics.json").read_text())["infer_steps"] == 18
@@ -507,12 +509,13 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
     refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
             "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
     refused(capsys, [*argv, str(tmp_path / "absent.pkl")], "does not exist")
-    plain = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0")
+    plain = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0",
+                     "--hold-out", "0")
     refused(capsys, plain, "holds scored --weights", "--name")
     (folder / "metrics.json").unlink()                                  # killed while it scored
     refused(capsys, [*plain, "--resume"], "holds scored --weights", "--name")
-    trained = argv_for(parts, "--preset", "authors", "--channels", "32", "--steps", "1",
-                       "--infer-steps", "1", "--name", "trained")
+    trained = argv_for(parts, "--preset", "authors", "--steps", "1", "--infer-steps", "1", "--name",
+                       "trained")
     assert train.main(trained) == 0
     before = contents(parts.parent / "runs" / "parts" / "bolt-trained")
     refused(capsys, [*trained, "--eval", "--weights", str(tmp_path / "bolt_model.pkl")],

@@ -28,6 +28,8 @@ from runs import load_source, save_csv, save_json, steps_per_epoch
 from settings import InputError, Settings, exit_status, hardware, parse
 from transfusion import TransFusion
 
+COST = {"crop": (64, 96, 128, 192, 256), "channels": (8, 16, 32, 64), "calls": (1, 2, 5, 10, 20)}
+
 
 def seconds(timed, device: torch.device, repeats: int) -> float:
     """Median time of timed() after one call to warm up."""
@@ -151,8 +153,7 @@ def restoration_rows(s: Settings, model: TransFusion, repeats: int) -> list[dict
 def cost_rows(s: Settings, repeats: int) -> list[dict]:
     """Seconds an image by image side, width and number of calls, one varied at a time, batch 4."""
     device, rows = torch.device(s.device), []
-    for varied, values in (("crop", (64, 96, 128, 192, 256)), ("channels", (8, 16, 32, 64)),
-                           ("calls", (1, 2, 5, 10, 20))):
+    for varied, values in COST.items():
         for value in values:
             at = {"crop": s.crop, "channels": s.channels, "calls": 1, varied: value}
             model = TransFusion(at["channels"], bf16=s.precision == "bf16").to(device).eval()

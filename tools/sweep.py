@@ -91,7 +91,7 @@ def measure(work: tuple[Settings, Path]) -> dict:
            "precision": s.precision, "steps": s.steps, "seed": s.seed}
     try:
         with open(folder / "log.txt", "w") as file, redirect_stdout(file), redirect_stderr(file):
-            _, progress = train.train(model, s, load_source(s), folder)
+            _, progress, _ = train.train(model, s, load_source(s), folder)
         log = progress["log"]
         row |= {"end": "finished", "returns": progress["rollbacks"],
                 "skipped": sum(epoch["skipped"] for epoch in log),
