@@ -37,8 +37,8 @@ def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
     return noise / noise.std()
 
 
-def polar(cy: float, cx: float) -> tuple[np.ndarray, np.ndarray]:
-    return np.hypot(Y - cy, X - cx), np.arctan2(Y - cy, X - cx)
+def polar(cy: float, cx: float, y=Y, x=X) -> tuple[np.ndarray, np.ndarray]:
+    return np.hypot(y - cy, x - cx), np.arctan2(y - cy, x - cx)
 
 
 def blob(rng: np.random.Generator, cy: float, cx: float, radius: float) -> np.ndarray:
@@ -221,46 +221,48 @@ def blister(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn
     light = rng.normal(-2.2, 0.15)                                  # direction of the light
     for k in range(8):
         py, px = place(k // 2, k % 2)
-        r, angle = polar(py, px)
+        near = tuple(slice(max(int(c) - 36, 0), int(c) + 37) for c in (py, px))
+        pack, y, x = image[near], Y[near], X[near]                  # nothing reaches farther
+        r, angle = polar(py, px, y, x)
         rim = np.cos(angle - light)
-        image *= (1 + 0.22 * rim * cover(np.abs(r - 24) - 2.0, 2))[..., None]        # pocket's edge
-        image *= (1 - 0.10 * cover(r - 22, 2))[..., None]
+        pack *= (1 + 0.22 * rim * cover(np.abs(r - 24) - 2.0, 2))[..., None]         # pocket's edge
+        pack *= (1 - 0.10 * cover(r - 22, 2))[..., None]
         py, px = py + rng.normal(0, 1.3), px + rng.normal(0, 1.3)   # the tablet lies loose in it
-        r, angle = polar(py, px)
+        r, angle = polar(py, px, y, x)
         distance, colour = r - 17.5, tablet + rng.normal(0, 1.5, 3)
         score_line = rng.uniform(0, np.pi)
         if k == chosen and defect == "missing":
-            mask = cover(distance)
+            mask[near] = cover(distance)
             if not healed:
-                image *= (1 + 0.05 * rim * cover(np.abs(r - 14) - 3, 3))[..., None]
+                pack *= (1 + 0.05 * rim * cover(np.abs(r - 14) - 3, 3))[..., None]
                 continue
         if k == chosen and defect == "broken":
             side = rng.uniform(0, 2 * np.pi)
-            chord = (X - px) * np.cos(side) + (Y - py) * np.sin(side)
-            crack = chord - rng.uniform(-4, 9) - 1.2 * smooth_noise(rng, 2.5)
-            mask = cover(distance) * cover(-crack)
+            chord = (x - px) * np.cos(side) + (y - py) * np.sin(side)
+            crack = chord - rng.uniform(-4, 9) - 1.2 * smooth_noise(rng, 2.5)[near]
+            mask[near] = cover(distance) * cover(-crack)
             distance = distance if healed else np.maximum(distance, crack)
         if k == chosen and defect == "wrong_pill":
-            mask = cover(distance)
+            mask[near] = cover(distance)
             if rng.random() < 0.5:
                 tint = rng.choice([[0.93, 0.80, 0.74], [0.82, 0.92, 0.86], [0.84, 0.86, 1.0]])
                 colour = colour if healed else colour * tint
             else:                                                   # a smaller tablet
                 smaller = r - rng.uniform(12.5, 14.5)
-                mask = mask * (1 - cover(smaller))
+                mask[near] *= 1 - cover(smaller)
                 distance = distance if healed else smaller
         body = cover(distance)
-        image *= (1 - 0.35 * ndimage.gaussian_filter(
+        pack *= (1 - 0.35 * ndimage.gaussian_filter(
             ndimage.shift(body, (2, 2), order=1) * (1 - body), 1.5))[..., None]
         dome = 1 + 0.10 * np.cos(angle - light) * np.clip(r / 17.5, 0, 1) ** 3 \
             - 0.06 * np.clip(r / 17.5, 0, 1) ** 6
-        groove = np.abs((X - px) * np.sin(score_line) - (Y - py) * np.cos(score_line)) - 0.8
+        groove = np.abs((x - px) * np.sin(score_line) - (y - py) * np.cos(score_line)) - 0.8
         empty = k == chosen and defect == "missing"                 # whose pocket drew no grain
-        grain = smooth_noise(np.random.default_rng(0) if empty else rng, 0.8)
+        grain = smooth_noise(np.random.default_rng(0) if empty else rng, 0.8)[near]
         dome = dome * (1 - 0.14 * cover(groove, 1.5)) + 0.01 * grain
-        image = image + body[..., None] * (colour * dome[..., None] - image)
-        gloss = np.hypot(Y - py - 9 * np.sin(light), X - px - 9 * np.cos(light))
-        image += (24 * np.exp(-(gloss / 3.5) ** 2))[..., None]      # the plastic over it
+        pack += body[..., None] * (colour * dome[..., None] - pack)
+        gloss = np.hypot(y - py - 9 * np.sin(light), x - px - 9 * np.cos(light))
+        pack += (24 * np.exp(-(gloss / 3.5) ** 2))[..., None]       # the plastic over it
 
     if defect == "scratch":
         stroke = curve(rng, oy + rng.uniform(-85, 85), ox + rng.uniform(-65, 65),

@@ -27,6 +27,13 @@ def few_synthetic_defects():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """The picture of a run takes longer than its training here; tests of a picture draw it."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(evaluate, "draw_rows", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")

@@ -8,7 +8,8 @@ import pytest
 import bench
 
 
-def test_table_and_json(whole_demo, tmp_path, capsys):
+def test_table_and_json(whole_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SIDE", 1024)
     argv = ["--preset", "quick", "--batch", "8", "--channels", "8", "--resize", "32", "--repeats",
             "1", "--device", "cpu", "--precision", "float32", "--root", str(whole_demo)]
     assert bench.main([*argv, "--json", str(tmp_path / "bench.json")]) == 0

@@ -43,13 +43,6 @@ APPLE = bytes.fromhex("00051607000200004d6163204f5320582020202020202020") + byte
 BYTES = os.fsdecode(b"caf\xe9")                             # a name that is no UTF-8
 
 
-@pytest.fixture(autouse=True)
-def no_picture(request, monkeypatch):
-    """The picture of a run takes longer than all else here; only tests that look at it draw it."""
-    if "picture" not in request.node.name:
-        monkeypatch.setattr(evaluate, "draw_rows", lambda *_: None)
-
-
 @pytest.fixture
 def factory(trained, tmp_path) -> Path:  # noqa: F811
     """A copy of `trained`, as if the run had been made there."""

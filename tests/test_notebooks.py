@@ -1,4 +1,5 @@
 """Every notebook runs from top to bottom on the small model; the paper's tables add up."""
+import dataclasses
 import json
 import os
 import shutil
@@ -165,8 +166,18 @@ def test_marks():
     assert tables.render("**100**") == "<b>100</b>" and tables.render("<a>") == "&lt;a&gt;"
 
 
-def test_failures_are_found_by_their_rules(small, demo_root):
-    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+@pytest.fixture(scope="module")
+def loaded(small, demo_root):
+    return figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+
+
+@pytest.fixture
+def run(loaded):
+    """The small model's run, with metrics of its own to change."""
+    return dataclasses.replace(loaded, metrics={**loaded.metrics})
+
+
+def test_failures_are_found_by_their_rules(run):
     labels, scores = run.labels, run.scores
     # a threshold in the middle of the good images, and above the lowest defective one
     for level in (float(np.median(scores[labels == 0])), float(scores[labels == 1].min()) + 1e-6):
@@ -186,24 +197,21 @@ def test_failures_are_found_by_their_rules(small, demo_root):
         assert len(by_rule["masks disagree"]) == 2
 
 
-def test_no_false_alarm_where_none_passes_the_threshold(small, demo_root):
-    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+def test_no_false_alarm_where_none_passes_the_threshold(run):
     run.metrics["threshold"] = float(run.scores.max())
     rules = [case.rule for case in figures.failures(run)]
     assert "false alarm" not in rules and rules.count("missed") == 2
 
 
-def test_best_median_and_worst(small, demo_root):
-    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
+def test_best_median_and_worst(run):
     chosen = [4, 1, 7, 2, 9]
     order = sorted(chosen, key=lambda k: run.scores[k])
     assert [figures.of_score(run, chosen, share) for share in (0, 0.5, 1)] == [
         order[0], order[2], order[4]]
 
 
-def test_the_network_is_drawn_as_it_is(small, demo_root):
+def test_the_network_is_drawn_as_it_is(run):
     """Every layer once, in the order of the calls, with the shape that it gave."""
-    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
     found = figures.layers(run.model.net, 64)
     assert len(found) == 1 + 11 + 1 + 15 + 3
     assert [layer.shape[1] for layer in found if layer.kind == "half the size"] == [32, 16, 8]
@@ -225,8 +233,7 @@ def test_runs_of_other_methods_are_kept_apart(small, demo_root, tmp_path):
     assert list(others) == ["draem"] and others["draem"].folder.name == "fabric-draem"
 
 
-def test_the_true_normal_image_is_the_photo_but_for_its_defect(small, demo_root):
-    run = figures.open_run(small[0], str(demo_root))
+def test_the_true_normal_image_is_the_photo_but_for_its_defect(run):
     good, bad = (np.flatnonzero(run.labels == label)[::11] for label in (0, 1))
     assert torch.equal(run.normal(good), run.images(good))
     change = (run.normal(bad) - run.images(bad)).abs().mean(1)
@@ -235,9 +242,8 @@ def test_the_true_normal_image_is_the_photo_but_for_its_defect(small, demo_root)
     assert change[near].mean() > 0.01 and change[~near].max() < 0.02
 
 
-def test_a_restoration_in_the_notebooks_is_that_of_the_runs_scores(small, demo_root):
+def test_a_restoration_in_the_notebooks_is_that_of_the_runs_scores(run):
     """In as many network calls, 3 here, so the maps are those of maps.npz."""
-    run = figures.load_run("demo", str(small[0].parents[1]), str(demo_root))
     assert run.s.infer_steps == 3
     found = run.restore([0, 5])
     for name in ("M_disc", "M_recon", "M_last"):

@@ -478,7 +478,7 @@ def test_a_compiled_network_learns_the_same(parts, monkeypatch):
     assert all(torch.allclose(plain[k], compiled[k], atol=1e-5) for k in plain)
 
 
-def test_without_masks_or_without_a_test_set(parts, capsys):
+def test_without_masks_or_without_a_test_set_but_a_picture(parts, capsys):
     shutil.rmtree(parts / "bolt" / "ground_truth")
     assert train.main(argv_for(parts)) == 0
     assert "no ground truth" in capsys.readouterr().err
