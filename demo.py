@@ -37,7 +37,8 @@ def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
     return noise / noise.std()
 
 
-def polar(cy: float, cx: float, y=Y, x=X) -> tuple[np.ndarray, np.ndarray]:
+def polar(cy: float, cx: float, y: np.ndarray = Y,
+          x: np.ndarray = X) -> tuple[np.ndarray, np.ndarray]:
     return np.hypot(y - cy, x - cx), np.arctan2(y - cy, x - cx)
 
 

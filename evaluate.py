@@ -302,7 +302,7 @@ def draw_test_images(file, model: TransFusion, s: Settings, source: Source) -> N
     items, shown = source.category.test, pick_rows(source.category.test)
     truths = [None if source.masks is None else source.masks[k] for k in shown]
     draw_rows(file, model, s, source.test[shown],
-              [f"{items[k].defect}\n{items[k].path.stem}" for k in shown], truths)
+              [f"{items[k].defect}\n{items[k].path.stem[-30:]}" for k in shown], truths)
 
 
 def draw_preview(file, model: TransFusion, s: Settings, source: Source) -> None:
@@ -331,13 +331,14 @@ def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list
     columns = {"image": photos, "restoration": restored, "map over image": over,
                "anomaly map": M_final, "ground truth": truth}
 
-    wide, gap = 1.85, 1 / 16                    # inches of an image; between two, as a share of it
+    side = images.shape[-1]
+    wide, gap = 1.85, side // 16 / side         # inches of an image; between two, as a share of it
     high = wide * (len(images) + gap * (len(images) - 1))
     figure = Figure(figsize=(10, high + 1))
     axes = [figure.add_axes((0.04 + 0.193 * k, 0.75 / (high + 1), wide / 10, high / (high + 1)))
             for k in range(5)]
     for axis, (title, pictures) in zip(axes, columns.items()):         # a column is one picture
-        below, white = int(gap * len(pictures[0])), 255 if pictures[0].ndim == 3 else np.nan
+        below, white = round(gap * len(pictures[0])), 255 if pictures[0].ndim == 3 else np.nan
         rows = [np.pad(picture, ((0, below), *[(0, 0)] * (picture.ndim - 1)),
                        constant_values=white) for picture in pictures]
         column = np.concatenate(rows)[:-below]
@@ -345,7 +346,6 @@ def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list
                             vmax=top)
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[], frame_on=False)
-    side = images.shape[-1]
     axes[0].set_yticks([side * (0.5 + k * (1 + gap)) for k in range(len(images))],
                        [printable(name) for name in names], fontsize=8, rotation=90, va="center",
                        ha="center", parse_math=False)

@@ -56,8 +56,8 @@ def train(model: TransFusion, s: Settings, source: Source, folder: Path,
 
     A step whose loss or gradient is not finite changes nothing. A training that runs away goes back
     to its last checkpoint, with half the learning rate from there; what is sick is never saved.
-    Returns the model to score, averaged where the settings say so, the progress record, and what
-    saves both again: save(progress), with more in it.
+    Returns the model to score, averaged where the settings say so, the progress record, and
+    save(progress), which writes the checkpoint again with another record.
     Raises InputError where it runs away again after MAX_ROLLBACKS times, KeyboardInterrupt, with
     all saved, where it was asked to stop.
     """
@@ -426,13 +426,16 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
             if not (folder / "data.json").exists():
                 keep_data(folder, source)
         model, progress, save = train(model, s, source, folder, state, flags.eval_every)
+        if state and state["step"] == progress["step"] and "calibrated" in state:
+            progress["calibrated"] = state["calibrated"]           # --calibrate's, of this model
         return {"category": s.category} if RANK else finish(model, s, source, folder, progress,
                                                             save)
 
 
 def finish(model: TransFusion, s: Settings, source: Source, folder: Path, progress: dict,
            save: Callable) -> dict:
-    """Give a trained model its threshold and score it, as far as there are images for that.
+    """Give a trained model its threshold, `save` it with it, and score it, as far as there are
+    images for that.
 
     Without defective ones the picture is a preview, of synthetic defects on held-out images.
     """

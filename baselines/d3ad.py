@@ -6,8 +6,8 @@ the image's features from those of the training images. Latents and features bef
 compared. Equation numbers are those of the text submitted to ICLR.
 
 The paper's: Eq. 6-10, Algorithms 1 and 2, Eq. 12 of the supplement (--omega; 0 is its best), T
-1000, beta .0015 to .0195, T_max 80, ten bins, at least the second, ten steps, guidance 4, K 20,
-lambda 0.85 (--lam), AdamW 1e-4; the code's rounding of T' to tens.
+1000, beta .0015 to .0195, T_max 80, ten bins, at least the second, ten steps, K 20,
+lambda 0.85 (--lam), AdamW 1e-4; the code's rounding of T' to tens and its guidance.
 Stand-ins: no Stable Diffusion autoencoder: a small one of this category's images, undamaged and
 damaged, which keeps defects, as theirs does; no ResNet-34, unless --resnet34 names its weights:
 three levels of that encoder, a copy of it adapted by Eq. 10 (for neighbours the second, for the map

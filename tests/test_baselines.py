@@ -540,6 +540,7 @@ def test_what_is_usual_in_a_stage_is_no_measure_for_another(parts, monkeypatch):
     assert seen == [{"stage": 1}]
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize("method", OTHERS)
 def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):  # noqa: F811
     argv = argv_for(parts, "--method", method, "--channels", "16", "--steps", "10", "--warmup", "0",
@@ -570,6 +571,7 @@ def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):  # n
         assert a["ema"]["count"] > 0                          # what `prepare` found was kept
     found = json.loads((whole / "metrics.json").read_text())
     assert found["method"] == method and 0 <= found["image_auroc"] <= 1
+    assert (whole / "qualitative.png").stat().st_size > 10_000
     with open(whole / "log.csv") as file:
         assert all(math.isfinite(float(row["loss"])) for row in csv.DictReader(file))
     images = sorted((parts / "bolt" / "test" / "good").glob("*.png"))

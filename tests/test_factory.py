@@ -644,6 +644,7 @@ def test_results_do_not_go_into_the_folder_of_a_run(factory, capsys):
     assert contents(run) == before
 
 
+@pytest.mark.picture
 def test_names_that_are_no_utf_8_even_in_the_picture(factory, capsys):
     """As from an archive of another system: inspected, checked, trained on and scored."""
     home, line = factory / "parts/bolt", photos(factory / "line", 3)
@@ -838,6 +839,10 @@ def test_a_run_without_a_threshold_names_the_command_that_gives_one(factory, cap
     assert train.main([*argv_for(factory / "parts"), "--eval"]) == 0    # is still unfinished
     assert not (path.parent / "metrics.json").exists()
     assert (path.parent / "metrics-step3.json").exists()
+    calibrated = predict.load(path).threshold
+    assert train.main([*argv_for(factory / "parts"), "--resume"]) == 0  # no step is left
+    assert predict.load(path).threshold == calibrated != evaluate.threshold(
+        torch.load(path, weights_only=True)["normal"], Settings())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -454,7 +454,8 @@ def test_the_tables_mean_counts_zeros_and_leaves_out_what_is_undefined(capsys):
 
 
 @pytest.mark.parametrize("flags", [["--no-pe"], ["--no-sim-mask"], ["--drop-loss", "c"],
-                                   ["--T", "5", "--schedule", "root"], ["--final-mask", "last"],
+                                   ["--T", "5", "--schedule", "root"],
+                                   pytest.param(["--final-mask", "last"], marks=pytest.mark.picture),
                                    ["--preset", "authors", "--channels", "8", "--epochs", "1",
                                     "--resize", "32", "--crop", "32"]])
 def test_ablations_run(parts, flags):
@@ -478,7 +479,8 @@ def test_a_compiled_network_learns_the_same(parts, monkeypatch):
     assert all(torch.allclose(plain[k], compiled[k], atol=1e-5) for k in plain)
 
 
-def test_without_masks_or_without_a_test_set_but_a_picture(parts, capsys):
+@pytest.mark.picture
+def test_without_masks_or_without_a_test_set(parts, capsys):
     shutil.rmtree(parts / "bolt" / "ground_truth")
     assert train.main(argv_for(parts)) == 0
     assert "no ground truth" in capsys.readouterr().err
