@@ -302,7 +302,7 @@ def draw_test_images(file, model: TransFusion, s: Settings, source: Source) -> N
     items, shown = source.category.test, pick_rows(source.category.test)
     truths = [None if source.masks is None else source.masks[k] for k in shown]
     draw_rows(file, model, s, source.test[shown],
-              [f"{items[k].defect}\n{items[k].path.stem[-30:]}" for k in shown], truths)
+              [f"{items[k].defect}\n{items[k].path.stem}" for k in shown], truths)
 
 
 def draw_preview(file, model: TransFusion, s: Settings, source: Source) -> None:
@@ -331,25 +331,23 @@ def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list
     columns = {"image": photos, "restoration": restored, "map over image": over,
                "anomaly map": M_final, "ground truth": truth}
 
-    side = images.shape[-1]
-    wide, gap = 1.85, side // 16 / side         # inches of an image; between two, as a share of it
-    high = wide * (len(images) + gap * (len(images) - 1))
-    figure = Figure(figsize=(10, high + 1))
-    axes = [figure.add_axes((0.04 + 0.193 * k, 0.75 / (high + 1), wide / 10, high / (high + 1)))
-            for k in range(5)]
+    figure = Figure(figsize=(10, 2 * len(images) + 0.8), layout="constrained")
+    axes = figure.subplots(1, 5)
     for axis, (title, pictures) in zip(axes, columns.items()):         # a column is one picture
-        below, white = round(gap * len(pictures[0])), 255 if pictures[0].ndim == 3 else np.nan
-        rows = [np.pad(picture, ((0, below), *[(0, 0)] * (picture.ndim - 1)),
-                       constant_values=white) for picture in pictures]
-        column = np.concatenate(rows)[:-below]
+        side, white = len(pictures[0]), 255 if pictures[0].ndim == 3 else np.nan
+        gap = side // 16
+        rows = [np.pad(picture, ((0, gap), *[(0, 0)] * (picture.ndim - 1)), constant_values=white)
+                for picture in pictures]
+        column = np.concatenate(rows)[:-gap]
         shade = axis.imshow(column / 255 if column.ndim == 3 else column, cmap="inferno", vmin=0,
                             vmax=top)
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[], frame_on=False)
-    axes[0].set_yticks([side * (0.5 + k * (1 + gap)) for k in range(len(images))],
+    side = images.shape[-1]
+    axes[0].set_yticks([side / 2 + k * (side + side // 16) for k in range(len(images))],
                        [printable(name) for name in names], fontsize=8, rotation=90, va="center",
                        ha="center", parse_math=False)
     axes[0].tick_params(length=0, pad=12)
-    figure.colorbar(shade, figure.add_axes((0.3, 0.55 / (high + 1), 0.4, 0.1 / (high + 1))),
-                    orientation="horizontal", label="M_final (Eq. 10)")
+    figure.colorbar(shade, ax=axes, location="bottom", shrink=0.4, aspect=30, pad=0.01,
+                    label="M_final (Eq. 10)")
     figure.savefig(file, format="png", dpi=80)

@@ -146,7 +146,7 @@ def test_the_method_figure_is_five_panels_of_256_pixels(small, demo_root, tmp_pa
     flags = [str(small[0]), str(small[0]), "--root", str(demo_root), "--out", str(tmp_path)]
     assert readme_figures.main(flags) == 0
     with Image.open(tmp_path / "demo.png") as drawn:
-        assert drawn.size == (800, 2 * 385)                              # two defects of each run
+        assert drawn.size == (800, 2 * 384)                              # two defects of each run
     drawn = Image.open(tmp_path / "method.png")
     with Image.open(ROOT / "docs" / "method.png") as committed:
         assert np.abs(np.subtract(drawn.size, committed.size)).max() <= 1    # fonts differ a little

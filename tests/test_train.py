@@ -501,8 +501,9 @@ def test_without_masks_or_without_a_test_set(parts, capsys):
 
 def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys):
     torch.save(authors_state(), tmp_path / "bolt_model.pkl")
-    argv = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0",
-                    "--hold-out", "0", "--eval", "--weights")
+    plain = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0",
+                     "--hold-out", "0")
+    argv = [*plain, "--eval", "--weights"]
     assert train.main([*argv, str(tmp_path / "bolt_model.pkl")]) == 0
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert json.loads((folder / "metrics.json").read_text())["infer_steps"] == 18
@@ -511,8 +512,6 @@ def test_the_authors_weights_are_scored_with_one_command(parts, tmp_path, capsys
     refused(capsys, [*argv, str(tmp_path / "bolt_model.pkl"), "--preset", "quick", "--name", "x"],
             "image_proj.weight is [32, 5, 3, 3]", "--preset authors")
     refused(capsys, [*argv, str(tmp_path / "absent.pkl")], "does not exist")
-    plain = argv_for(parts, "--preset", "authors", "--channels", "32", "--infer-steps", "0",
-                     "--hold-out", "0")
     refused(capsys, plain, "holds scored --weights", "--name")
     (folder / "metrics.json").unlink()                                  # killed while it scored
     refused(capsys, [*plain, "--resume"], "holds scored --weights", "--name")
