@@ -1,363 +1,32 @@
-"""Data sets on disk: where they lie, what is in them, and their images as uint8 tensors.
+"""The data of a run: images and masks as tensors, foregrounds, texture sources, the training split.
 
-MVTec AD, VisA (as published and converted), BTAD and any folder in MVTec AD's layout; foreground
-masks and texture sources for the synthetic anomalies. Nothing here trains or writes.
+support/layouts.py finds the files and support/images.py decodes them; nothing here trains.
 """
-import csv
-import difflib
+import dataclasses
+import hashlib
+import math
 import os
-import re
-import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from settings import InputError, progress_bar
+from settings import Settings
+from support.console import InputError, progress_bar
+from support.files import read_json, save_json
+from support.images import open_image, read_mask, size_of, to_rgb
+from support.layouts import (Category, Item, find_category, find_images, is_texture, list_images,
+                             root_folder)
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-LOSSY = {"JPEG", "MPO", "WEBP"}                 # formats, whatever a file's suffix says
-GOOD = {"good", "ok", "normal"}                 # folder names, in any case
-# What the file name of a label has beside its image's name.
-LABEL = re.compile(r"[_-](gt|masks?|labels?|seg)$|^(gt|masks?|labels?|seg)[_-]", re.IGNORECASE)
-LEFTOVERS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN"}          # of systems, not hidden
-DARK = ("{}: no 16-bit value passes 4095, so the image is nearly black; multiply 12-bit values by "
-        "16, 8-bit ones by 257")
-TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # see is_texture
-
-CATEGORIES = {
-    "mvtec": ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile "
-              "toothbrush transistor wood zipper").split(),
-    "visa": ("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 "
-             "pipe_fryum").split(),
-    "btad": ["01", "02", "03"],
-    "demo": ["fabric", "gear", "blister"],
-}
-FOLDERS = {                                     # under the root, in the order they are tried
-    "mvtec": ("mvtec", "mvtec_anomaly_detection", "."),
-    "visa": ("visa", "VisA_20220922", "VisA", "VisA_pytorch/1cls", "visa/VisA_pytorch/1cls",
-             "visa_pytorch", "visa/visa_pytorch", "."),
-    "btad": ("btad", "BTech_Dataset_transformed", "btad/BTech_Dataset_transformed", "."),
-    "demo": ("demo", "."),
-}
-PAGES = {"mvtec": "https://www.mvtec.com/company/research/datasets/mvtec-ad",
-         "visa": "https://github.com/amazon-science/spot-diff",
-         "btad": "https://avires.dimi.uniud.it/papers/btad/btad.zip"}
+SCORING_GRID = 256                    # side of the grid on which an uncropped image is scored
 
 
-@dataclass(frozen=True)
-class Item:
-    """A test image: label 1 is defective; mask is None where it is normal or not annotated."""
-    path: Path
-    label: int
-    defect: str
-    mask: Path | None = None
-
-
-@dataclass(frozen=True)
-class Category:
-    """One category on disk. annotated: whether the defects have ground-truth masks at all; faults:
-    what is wrong with the listing, notes: what was passed over in it, a line each."""
-    data: str
-    name: str
-    root: Path
-    train: list[Path]
-    test: list[Item] = field(default_factory=list)
-    annotated: bool = True
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[N] in {0, 1}, 1 for the defective images of the test set."""
-        return np.array([item.label for item in self.test], int)
-
-
-# ---------------------------------------------------------------- finding and listing
-
-def is_category(path: Path) -> bool:
-    return (path / "train").is_dir() or (path / "Data" / "Images").is_dir()
-
-
-def data_folders(data: str, root: Path) -> list[Path]:
-    """Folders that may hold the categories of `data`: a data set's name or a folder's path, which
-    `./demo` is, too."""
-    if data in FOLDERS:
-        return [root / folder for folder in FOLDERS[data] if (root / folder).is_dir()]
-    return [path for path in (Path(data), root / data) if path.is_dir()]
-
-
-def list_categories(data: str, root: Path) -> list[str]:
-    """Names of the categories of `data` that lie under `root`, in the data set's own order.
-
-    Raises InputError when there are none, and says how to get them.
-    """
-    for folder in data_folders(data, root):
-        found = [p.name for p in visible(folder) if p.is_dir() and is_category(p)]
-        found = [name for name in CATEGORIES.get(data, found) if name in found]
-        if found:
-            return found
-    if data in FOLDERS:
-        raise InputError(
-            f"no {data} data under {root}: python tools/download.py {data}, or get it from "
-            f"{PAGES.get(data, 'demo.py')} and unpack it to {root / data}/CATEGORY, or say where "
-            f"it lies with --root DIR")
-    if not data_folders(data, root):
-        raise InputError(f"--data {data}: neither a data set ({', '.join(FOLDERS)}) nor a folder")
-    folder = Path(os.path.abspath(data))
-    if (folder / "train").is_dir():
-        raise InputError(f"{data} is itself a category; say --data {folder.parent} --category "
-                         f"{folder.name}")
-    raise InputError(f"{data}: no category in it; each is a folder CATEGORY/train/good of images")
-
-
-def find_category(data: str, name: str, root: Path) -> Category:
-    """Find and list the category `name`, in any of the layouts docs/reproduce.md names.
-
-    Raises InputError for a name that is not there (with the nearest that is), an empty train
-    folder, and masks and images that do not pair.
-    """
-    known = list_categories(data, root)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-        absent = " is not there" if name in CATEGORIES.get(data, []) else ""
-        raise InputError(f"no category {name!r} in {data}{absent}; {hint}")
-    path = next(folder / name for folder in data_folders(data, root) if is_category(folder / name))
-    label = data if data in FOLDERS else Path(data).resolve().name
-    category = read_category(label, name, path)
-    if category.faults:
-        raise InputError(f"{category.faults[0]} (faults: {len(category.faults)}; python "
-                         f"tools/download.py --check {path} lists them)")
-    return category
-
-
-def is_good(name: str) -> bool:
-    """Whether a folder of this name holds normal images."""
-    return name.strip().lower() in GOOD
-
-
-def visible(folder: Path) -> list[Path]:
-    """What is in a folder, without the files and folders that systems and tools leave there."""
-    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name not in LEFTOVERS) \
-        if folder.is_dir() else []
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder itself."""
-    return [p for p in visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
-
-
-def find_files(folder: Path, within: tuple[Path, ...] = ()) -> list[Path]:
-    """The files of a folder and of those in it; a link that leads back up is not followed."""
-    home = folder.resolve()
-    if home in within:
-        return []
-    return [file for path in visible(folder) for file in
-            (find_files(path, (*within, home)) if path.is_dir() else [path])]
-
-
-def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder and of those in it."""
-    return [path for path in find_files(folder) if path.suffix.lower() in SUFFIXES]
-
-
-def passed_over(folder: Path, read: list[Path]) -> str:
-    """Which files below a folder are not among those read: their number by suffix, or nothing."""
-    known = set(read)
-    left = Counter(p.suffix.lower() or "no suffix" for p in find_files(folder)
-                   if p not in known and p.name.lower() not in ("thumbs.db", "desktop.ini"))
-    names = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
-    return f"{folder}: not read: {names}" if names else ""
-
-
-def read_category(data: str, name: str, path: Path, annotated: bool = False) -> Category:
-    """What is there of a category, and what is wrong with it. annotated: masks are missing even
-    where there is no ground_truth at all. Raises InputError for a VisA without its table."""
-    visa = (path / "Data" / "Images").is_dir()
-    category = read_visa(data, name, path) if visa else read_mvtec(data, name, path, annotated)
-    if not category.train:
-        category.faults.append(f"{path}: no training images; put normal images into train/good")
-    return category
-
-
-def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Category:
-    """A category in MVTec AD's layout: folders called good, in any spelling of GOOD, and their
-    subfolders; masks of ID.* are ID_mask.* or ID.*, in the same subfolder."""
-    train_folder, truth = path / "train", path / "ground_truth"
-    train = [p for folder in visible(train_folder) if folder.is_dir() and is_good(folder.name)
-             for p in find_images(folder)]
-    test, faults, notes = [], beside(train), []
-    annotated |= truth.is_dir()
-    for folder in (p for p in visible(path / "test") if p.is_dir()):
-        images = find_images(folder)
-        faults += beside(images)
-        if is_good(folder.name):
-            test += [Item(p, 0, folder.name) for p in images]
-            continue
-        masks, alone = {}, []
-        stems = Counter(p.relative_to(folder).with_suffix("") for p in images)
-        for mask in find_images(truth / folder.name):
-            place = mask.relative_to(truth / folder.name)
-            stem = place.parent / place.stem.removesuffix("_mask")
-            if stem in masks:
-                faults.append(f"{mask}: a second mask for {stem.name}, beside {masks[stem].name}; "
-                              f"keep one of them")
-            elif stem in stems:
-                masks[stem] = mask
-            elif place.parent in stems:
-                faults.append(f"{mask.parent}: a folder of several masks for an image, as in MVTec "
-                              f"LOCO, which is not read; one mask an image, "
-                              f"{place.parent}_mask.png")
-            else:
-                alone.append(f"{mask}: a mask without its image")
-        for image in images:
-            stem = image.relative_to(folder).with_suffix("")
-            if stem in masks and stems[stem] > 1:
-                faults.append(f"{image}: {masks[stem].name} is for one image, but {stems[stem]} "
-                              f"are called {stem.name}; rename them and their masks")
-            if annotated and stem not in masks:
-                faults.append(f"{image}: no mask for it; looked for {truth / folder.name / stem}"
-                              f"_mask.* and {stem.name}.*; add it, or move ground_truth away to "
-                              f"go without any")
-            test.append(Item(image, 1, folder.name, masks.get(stem)))
-        faults += alone
-    faults += [f"{mask}: a mask without its image" for folder in visible(truth)
-               if not is_good(folder.name) and not (path / "test" / folder.name).is_dir()
-               for mask in find_images(folder)]
-    known = {"train", "test", "ground_truth"}
-    others = [p.name for p in visible(path) if p.is_dir() and p.name not in known
-              and find_images(p)]
-    if others:
-        notes.append(f"{path}: not read: {', '.join(others)}; images are taken from train/good and "
-                     f"test, masks from ground_truth")
-    notes += filter(None, (passed_over(folder, read) for folder, read in
-                           ((train_folder, train), (path / "test", [item.path for item in test]))))
-    return Category(data, name, path, train, test, annotated, list(dict.fromkeys(faults)), notes)
-
-
-def beside(images: list[Path]) -> list[str]:
-    """A fault for labels that lie among the images they belong to, as 000_GT.png beside 000.png."""
-    known = set(p.with_suffix("") for p in images)
-    labels = [p for p in images if LABEL.search(p.stem)
-              and p.parent / LABEL.sub("", p.stem) in known]
-    return [f"{labels[0]}: looks like the label of the image beside it, not like a part (as do "
-            f"{len(labels) - 1} more there); move labels to another folder, those of "
-            f"test images to ground_truth"] if labels else []
-
-
-def read_visa(data: str, name: str, path: Path) -> Category:
-    """A category of VisA as published: split_csv/1cls.csv says what is train and what is test."""
-    table = path.parent / "split_csv" / "1cls.csv"
-    if not table.is_file():
-        raise InputError(f"{table} is missing: VisA's official split is part of its archive")
-    train, test, faults = [], [], []
-    try:
-        with open(table, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["object"] == name]
-        for row in rows:
-            image, normal = path.parent / row["image"], row["label"] == "normal"
-            mask = None if normal or row["split"] == "train" else path.parent / row["mask"]
-            gone = [p for p in (image, mask) if p and not p.is_file()]
-            faults += [f"{p}: in VisA's table, but not there" for p in gone]
-            if image in gone:
-                continue
-            if row["split"] == "train":
-                train.append(image)
-            else:
-                test.append(Item(image, 0 if normal else 1, "good" if normal else "bad",
-                                 None if mask in gone else mask))
-    except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{table}: not VisA's table object,split,label,image,mask ({error!r})")
-    return Category(data, name, path, train, test, faults=faults)
-
-
-# ---------------------------------------------------------------- reading images
-
-def open_image(path: Path, is_mask: bool = False) -> Image.Image:
-    """The image of a file, as `decode` gives it. Raises InputError for a file that is not an image,
-    is cut off, or whose values have no known range."""
-    try:
-        with Image.open(path) as image:
-            return decode(image, path, is_mask)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it")
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise InputError(f"{path}: has more than the {limit:.0f} million pixels that are read; cut "
-                         f"it into parts, or reduce it")
-
-
-def decode(image: Image.Image, name, is_mask: bool = False) -> Image.Image:
-    """An image upright as its EXIF says, of 8 bits a channel or 16-bit grey ("I;16").
-
-    Raises ValueError where the range of its values is not known: floats are read as 0..1, as nearly
-    all of them must lie there. Warns, by name, of pages after the first and, but for a mask, of
-    16-bit values that may be of fewer bits.
-    """
-    sixteen = ";16" in str(getattr(image, "tile", ""))           # gone once it is decoded
-    image.load()
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        warnings.warn(f"{name}: {image.n_frames} pages, only the first is read")
-    tags, upright = getattr(image, "tag_v2", {}), ImageOps.exif_transpose(image)
-    if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:
-        raise ValueError("16-bit colour in planes; save it as 8-bit")
-    top = 0
-    if image.mode == "F":
-        upright = sixteen_bits(upright, tags)
-    elif image.mode.startswith("I"):
-        upright = sixteen_bits(upright, tags)
-        top = np.asarray(upright).max()
-    elif sixteen:                                         # of colours the upper 8 bits are left
-        top = 256 * max(high for _, high in upright.convert("RGB").getextrema()) + 255
-    if 0 < top < 4096 and not is_mask:
-        warnings.warn(DARK.format(name))
-    return upright
-
-
-def sixteen_bits(image: Image.Image, tags) -> Image.Image:
-    """A grey image of 16 or 32 bits or of floats as one of 16 bits; tags: a TIFF's.
-
-    Raises ValueError where the range of its values is not known.
-    """
-    values = np.asarray(image)
-    if image.mode == "F":
-        if not np.isfinite(values).all():
-            raise ValueError(f"{(~np.isfinite(values)).sum()} of its values are not finite")
-        outside = (values < 0) | (values > 1)
-        if outside.mean() > 0.001:
-            raise ValueError(f"floats from {values.min():.3g} to {values.max():.3g}; they are read "
-                             f"as 0..1, so divide them, or save as 8- or 16-bit")
-        values = (values.clip(0, 1) * 65535).round()
-    elif values.min() < 0 or values.max() > 65535 or 32 in tags.get(258, ()):
-        raise ValueError("32-bit whole numbers, of which no range is known; save it as 8- or "
-                         "16-bit")
-    if tags.get(262) == 0:                                        # white is zero
-        values = 65535 - values.astype(np.int64)
-    return Image.fromarray(values.astype(np.uint16))
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of an image, upright; only a TIFF, which turns itself, is decoded."""
-    with Image.open(path) as image:
-        if image.format == "TIFF":
-            return ImageOps.exif_transpose(image).size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any image of `open_image`: grey-scale, palette, alpha (dropped), 16-bit."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values * (255 / 65535)).round().astype(np.uint8))
-    return image.convert("RGB")
-
+# ---------------------------------------------------------------- images and masks
 
 def preprocess(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     """Section 4.3's preprocessing: resize x resize (the aspect is not kept), then the centre crop.
@@ -412,19 +81,6 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
     return reduced
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """The anomalous pixels of a mask's file, bool [H, W]; see `load_mask`."""
-    image = open_image(path, is_mask=True)
-    values = np.asarray(image if image.mode in ("L", "1") or image.mode[0] == "I"
-                        else image.convert("RGB")).astype(int)
-    values = values.reshape(*values.shape[:2], -1).max(-1)
-    top = values.max(initial=0)
-    with Image.open(path) as file:
-        lossy = file.format in LOSSY or file.info.get("compression") == "jpeg"          # a TIFF's
-    least = top / 2 if lossy else top / 10 if top > 127 else 0
-    return values > least
-
-
 class Images:
     """uint8 images [3, crop, crop] of a list of files, decoded once and kept in memory.
 
@@ -457,12 +113,6 @@ class Images:
 
 
 # ---------------------------------------------------------------- foreground masks
-
-def is_texture(data: str, name: str) -> bool:
-    """Whether it is one of MVTec AD's six categories without a foreground in the authors' code: the
-    five textures, and zipper."""
-    return data == "mvtec" and name in TEXTURES
-
 
 def find_foreground(image: np.ndarray) -> np.ndarray | None:
     """The object of one image, uint8 [3, H, W] -> bool [H, W], or None where that is not sure.
@@ -524,7 +174,7 @@ def foreground_masks(images: Images, category: Category,
     if is_texture(category.data, category.name):
         return whole, "whole image (a texture)"
     if mode != "auto":
-        return given_foreground(images, category, Path(mode))
+        return foreground_from_folder(images, category, Path(mode))
     masks, unsure = whole.clone(), 0
     for k in progress_bar(range(N), desc="foreground", unit="image", leave=False):
         found = find_foreground(images[[k]][0].numpy())
@@ -536,7 +186,7 @@ def foreground_masks(images: Images, category: Category,
     return masks, f"objects found, {masks.float().mean():.0%} of the image"
 
 
-def given_foreground(images: Images, category: Category, folder: Path) -> tuple[Tensor, str]:
+def foreground_from_folder(images: Images, category: Category, folder: Path) -> tuple[Tensor, str]:
     """The masks of folder/CATEGORY, or where that is not there of folder, by the images' names.
 
     As in the authors' code: thresholded at half of their range, dilated by a 5 x 5 square.
@@ -634,6 +284,163 @@ def embedded_textures(size: int) -> list[Tensor]:
     return [torch.tensor(image) for image in images]
 
 
-def root_folder(given: str = "") -> Path:
-    """Where data lies: the folder given, else the environment's TRANSFUSION_DATA, else ./data."""
-    return Path(given or os.environ.get("TRANSFUSION_DATA", "data")).expanduser()
+# ---------------------------------------------------------------- the data of a run
+
+@dataclass
+class RunData:
+    """What a run reads: normal images with their foreground, textures, and the test set.
+
+    images: normal images, of which `train_indices` are trained on and `held_out` are not.
+    foreground: bool [N, 1, H, W], one for each of `images`. masks: the test set's ground truth on
+    the scoring grid, bool [N, side, side], None without one. notes: lines for the user.
+    """
+    category: Category
+    images: Images
+    train_indices: np.ndarray
+    held_out: np.ndarray
+    foreground: Tensor
+    textures: Textures
+    test: Images
+    masks: np.ndarray | None
+    notes: list[str]
+
+    def steps_per_epoch(self, batch: int) -> int:
+        """Steps in an epoch, whose last batch is what is left."""
+        return math.ceil(len(self.train_indices) / batch)
+
+
+def load_run_data(s: Settings, training: bool = True, folder: Path | None = None) -> RunData:
+    """Read and check everything a run needs, before anything is trained. Raises InputError.
+
+    folder: an existing run folder; its split into training and held-out images is reused, and for
+    training the number of its textures has to be the same.
+    """
+    root = root_folder(s.root)
+    category, record, notes = find_category(s.data, s.category, root), {}, []
+    if folder and (folder / "data.json").exists():
+        record = refuse_other_data(folder, category)
+        category, notes = select_recorded_images(category, record, training)
+    limit = s.memory_gb * 1e9
+    images = Images(category.train, s.resize, s.crop, limit, "training images")
+    test = Images([item.path for item in category.test], s.resize, s.crop,
+                  limit - images.bytes * images.in_memory, "test images")
+    masks = None
+    if category.annotated and category.test:
+        masks = np.stack([load_mask(item, SCORING_GRID, scoring_side(s)) for item in category.test])
+        notes += describe_ground_truth(category.test, masks)
+    train_indices, held_out = split_images(s, category, record)
+    try:
+        foreground, about_foreground = foreground_masks(images, category, s.foreground)
+    except InputError:
+        if training:
+            raise                                          # else the folder of masks may be gone
+        foreground, about_foreground = foreground_masks(images, category)
+    textures = Textures(root, s.crop)
+    if training and record.get("textures", textures.count) != textures.count:
+        raise InputError(f"this run was begun with {record['textures']} textures, now there are "
+                         f"{textures.count}: {textures.source}; put --root back, or give another "
+                         f"--name")
+    where = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
+    notes = [f"{len(train_indices)} normal images to train on, {len(held_out)} held out, "
+             f"{len(test)} to test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {where})",
+             f"foreground: {about_foreground}", f"textures: {textures.source}",
+             *(f"note: {note}" for note in category.notes), *notes]
+    return RunData(category, images, train_indices, held_out, foreground, textures, test, masks,
+                   notes)
+
+
+def split_images(s: Settings, category: Category, record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images trained on and of those held out: a run's record, or drawn anew."""
+    if record:
+        index = {name_in(category, path): k for k, path in enumerate(category.train)}
+        return (np.array([index[name] for name in record["train"] if name in index], int),
+                np.array([index[name] for name in record["held_out"]], int))
+    count = len(category.train)
+    order = np.random.default_rng(s.seed).permutation(count)
+    held = min(max(round(s.hold_out * count), 1), count - 1) if s.hold_out else 0
+    return order[held:], order[:held]
+
+
+def select_recorded_images(category: Category, record: dict,
+                           training: bool) -> tuple[Category, list[str]]:
+    """The category with only the training images of a run's record, and a note on newer ones.
+
+    Raises InputError where one is gone: a held-out one, or for training any.
+    """
+    paths = {name_in(category, path): path for path in category.train}
+    needed = (record["train"] if training else []) + record["held_out"]
+    missing = [name for name in needed if name not in paths]
+    if missing:
+        raise InputError(f"{category.root / missing[0]}: gone (and {len(missing) - 1} more), but "
+                         f"this run was begun with it; put it back, or give another --name")
+    recorded = {*record["train"], *record["held_out"]}
+    new = set(paths) - recorded
+    notes = [f"warning: {len(new)} normal images were added since this run began: not used"]
+    category = dataclasses.replace(category, train=[path for name, path in paths.items()
+                                                    if name in recorded])
+    return category, notes if new else []
+
+
+def describe_ground_truth(items: list[Item], masks: np.ndarray) -> list[str]:
+    """What the scoring grid and the centre crop leave of the ground truth, in a line.
+
+    A second line names the masks that are empty from the start.
+    """
+    count, outside, regions, empty = 0, 0, np.zeros(2, int), []
+    for item, mask in zip(items, masks):
+        if item.mask:
+            whole = read_mask(item.mask)
+            count += 1
+            regions += [ndimage.label(part, np.ones((3, 3)))[1] for part in (whole, mask)]
+            outside += bool(whole.any()) and not mask.any()
+            if not whole.any():
+                empty.append(item.mask)
+    notes = [f"ground truth: {regions[0]} regions in {count} masks, {regions[1]} where they are "
+             f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
+    if empty:
+        notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
+                     f"scored: {', '.join(map(str, empty[:9]))}")
+    return notes
+
+
+def scoring_side(s: Settings) -> int:
+    """Side of the scoring grid, less what the crop takes away."""
+    return round(SCORING_GRID * s.crop / s.resize)
+
+
+# ---------------------------------------------------------------- the record of a run's data
+
+def name_in(category: Category, path: Path) -> str:
+    """An image's path within its category."""
+    return path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else \
+        os.path.relpath(path, category.root)
+
+
+def fingerprint(category: Category) -> str:
+    """A hash of the names and sizes of a category's images."""
+    digest = hashlib.sha1()
+    for path in [*category.train, *(item.path for item in category.test)]:
+        digest.update(os.fsencode(name_in(category, path)) + b" %d\n" % path.stat().st_size)
+    return digest.hexdigest()
+
+
+def save_data_record(folder: Path, run_data: RunData) -> None:
+    """Write data.json: which data a run is of, its split, and the number of its textures."""
+    category, paths = run_data.category, run_data.images.paths
+    save_json(folder / "data.json", {
+        "root": str(category.root.resolve()), "files": fingerprint(category),
+        "textures": run_data.textures.count,
+        "train": [name_in(category, paths[k]) for k in run_data.train_indices],
+        "held_out": [name_in(category, paths[k]) for k in run_data.held_out]})
+
+
+def refuse_other_data(folder: Path, category: Category) -> dict:
+    """The content of a run's data.json.
+
+    Raises InputError where the run is of another folder that does not hold the same files.
+    """
+    record = read_json(folder / "data.json")
+    if record["root"] != str(category.root.resolve()) and record["files"] != fingerprint(category):
+        raise InputError(f"{folder} holds a run of {record['root']}, not of {category.root}; give "
+                         f"another --name or --out")
+    return record

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from settings import InputError, progress_bar
+from support.console import InputError, progress_bar
 
 SIZE = 256
 TRAIN, TEST_GOOD, PER_DEFECT = 80, 24, 11

@@ -1,33 +1,43 @@
 """A model on a test set: restorations, maps, scores, thresholds, and the results of a run.
 
+    python evaluate.py runs/mvtec/cable --infer-steps 5      score a run's model again
+
 Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies between.
 """
+import argparse
+import dataclasses
 import math
 import os
 import statistics
-import tempfile
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
-import data
 import metrics
-from baselines.common import PREPARED
+from data import Images, RunData, Textures, load_run_data, name_in, scale, scoring_side
+from metrics import CalibrationScores, threshold
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
-from runs import (Source, name_in, save_atomically, save_csv, save_json, scoring_side,
-                  steps_per_epoch)
-from settings import InputError, Settings, hardware, progress_bar
-from transfusion import Restoration, TransFusion, anomaly_score, final_mask, forward_process
+from runs import Run, load_model, result_path, saved_settings
+from settings import Settings, check, clean_data, fields_of
+from support import ranks
+from support.console import InputError, exit_status, progress_bar
+from support.devices import hardware, pick_device
+from support.files import float_array, locked_folder, save_atomically, save_csv, save_json
+from support.flags import add_flags
+from support.pictures import draw_rows, pick_rows
+from support.report import print_table
+from transfusion import Method, Restoration, anomaly_score, final_mask, forward_process
 
 
 # ---------------------------------------------------------------- restorations and maps
 
-def network_calls(model: TransFusion, s: Settings) -> int:
+def network_calls(model: Method, s: Settings) -> int:
     """How many network calls a restoration makes. Raises InputError if the schedule has fewer."""
     try:
         return len(model.path(s.infer_steps)) - 1
@@ -35,37 +45,22 @@ def network_calls(model: TransFusion, s: Settings) -> int:
         raise InputError(f"--infer-steps {s.infer_steps}: {error}")
 
 
-def restore_all(model: TransFusion, images: data.Images, indices, s: Settings):
+def restore_all(model: Method, images: Images, indices, s: Settings):
     """Restore images[indices] batch by batch: yields each batch's place and its Restoration."""
     device = next(model.parameters()).device
     model.eval()
     with progress_bar(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
         for start in range(0, len(indices), s.eval_batch):
             chosen = indices[start:start + s.eval_batch]
-            x = data.scale(images[chosen].to(device))
+            x = scale(images[chosen].to(device))
             yield slice(start, start + len(chosen)), model.restore(x, s.infer_steps)
             bar.update(len(chosen))
 
 
-def new_maps(shape: tuple[int, ...], s: Settings) -> np.ndarray:
-    """An array for maps, float32: in memory, or above the memory limit in an unnamed file."""
-    size = 4 * math.prod(shape)
-    if size <= s.memory_gb * 1e9:
-        return np.empty(shape, np.float32)
-    file = tempfile.TemporaryFile()
-    try:
-        if hasattr(os, "posix_fallocate"):             # a mapped file that finds no room later
-            os.posix_fallocate(file.fileno(), 0, size)            # would end the process
-    except OSError as error:
-        raise InputError(f"no room for {size / 1e9:.1f} GB of maps in {tempfile.gettempdir()} "
-                         f"({error}); set TMPDIR to another folder, or raise --memory-gb")
-    return np.memmap(file, np.float32, "w+", shape=shape)
-
-
-def raw_maps(model: TransFusion, images: data.Images, indices,
+def raw_maps(model: Method, images: Images, indices,
              s: Settings) -> dict[str, np.ndarray]:
     """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
-    maps = {name: new_maps((len(indices), s.crop, s.crop), s)
+    maps = {name: float_array((len(indices), s.crop, s.crop), s.memory_gb)
             for name in ("M_disc", "M_recon", "M_last")}
     for place, restored in restore_all(model, images, indices, s):
         for name in maps:
@@ -81,7 +76,7 @@ def final_maps(maps: dict[str, np.ndarray], s: Settings, side: int = 0) -> np.nd
     lam = {"combined": s.lam, "disc": 1.0, "recon": 0.0, "last": 1.0}[s.final_mask]
     mask = "M_last" if s.final_mask == "last" else "M_disc"
     N, H, W = maps[mask].shape
-    final = new_maps((N, side or H, side or W), s)
+    final = float_array((N, side or H, side or W), s.memory_gb)
     for start in range(0, N, 64):
         place = slice(start, start + 64)
         M_disc, M_recon = (torch.tensor(maps[name][place])[:, None]
@@ -109,33 +104,34 @@ def image_scores(M_final: np.ndarray) -> np.ndarray:
     return scores
 
 
-def score(model: TransFusion, s: Settings, source: Source):
+def score(model: Method, s: Settings, run_data: RunData):
     """Restore and score the test set: metrics, image scores [N], raw maps."""
-    maps = raw_maps(model, source.test, range(len(source.test)), s)
-    return *score_maps(maps, source.category.labels, source.masks, s), maps
+    maps = raw_maps(model, run_data.test, range(len(run_data.test)), s)
+    return *score_maps(maps, run_data.category.labels, run_data.masks, s), maps
 
 
-def prepare(model: TransFusion, s: Settings, source: Source) -> None:
-    """Show a trained model of a method that asks for it the training images once more.
+def run_after_training(model: Method, s: Settings, run_data: RunData) -> None:
+    """Show a trained model the training images once more, where its method asks for it.
 
     Raises InputError where the method lacks something.
     """
-    if not hasattr(model, "prepare"):
+    if not model.IMAGES_AFTER_TRAINING:
         return
     device = next(model.parameters()).device
+    indices = run_data.train_indices[:model.IMAGES_AFTER_TRAINING]
     model.eval()
     try:
-        model.prepare(data.scale(source.images[source.train[:PREPARED]].to(device)))
+        model.after_training(scale(run_data.images[indices].to(device)))
     except ValueError as error:
         raise InputError(str(error))
 
 
-def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> float:
+def seconds_per_image(model: Method, s: Settings, images: Images) -> float:
     """Time to restore one image alone (Table 5): the median of three after one to warm up."""
     device, times = next(model.parameters()).device, []
     model.eval()
     for k in range(4):
-        x = data.scale(images[[k % len(images)]].to(device))
+        x = scale(images[[k % len(images)]].to(device))
         start = time.perf_counter()
         model.restore(x, s.infer_steps).x_0.cpu()              # waits for the device
         times.append(time.perf_counter() - start)
@@ -144,210 +140,218 @@ def seconds_per_image(model: TransFusion, s: Settings, images: data.Images) -> f
 
 # ---------------------------------------------------------------- thresholds
 
-TRAINED = 100           # images of the training scored for the threshold, at most
-SYNTHETIC = 64          # defects made on held-out images, to see how many a threshold finds
+TRAINING_SCORES = 100   # images of the training that are scored for the threshold, at most
+SYNTHETIC = 64          # defects painted on held-out images, to see how many a threshold finds
 FAINT = 0.25            # their opacity, beta in Eq. 2
 
 
-def normal_scores(model: TransFusion, s: Settings, source: Source) -> dict | None:
-    """Scores of normal images, for thresholds, and of faint synthetic defects; None where no
-    normal image is held out.
+def scores_of(model: Method, s: Settings, images: Images | Tensor, indices) -> list[float]:
+    """Eq. 11 of images[indices]."""
+    return image_scores(final_maps(raw_maps(model, images, indices, s), s)).tolist()
 
-    {"images": [float] of the held-out images, "trained": [float] of some training images,
-    "synthetic": [float] of `synthetic_defects`, "infer_steps": network calls}: plain types, for the
-    checkpoint.
-    """
-    if not len(source.held_out):
+
+def calibration_scores(model: Method, s: Settings, run_data: RunData) -> CalibrationScores | None:
+    """The scores that give a run its threshold; None where no normal image is held out."""
+    images, held_out = run_data.images, run_data.held_out
+    if not len(held_out):
         return None
-
-    def scores(images, indices) -> list[float]:
-        return image_scores(final_maps(raw_maps(model, images, indices, s), s)).tolist()
-
-    return {"images": scores(source.images, source.held_out),
-            "trained": scores(source.images, source.train[:TRAINED]),
-            "synthetic": scores(synthetic_defects(source)[0], range(SYNTHETIC)),
-            "infer_steps": network_calls(model, s)}
+    synthetic, _ = synthetic_defects(images, held_out, run_data.foreground, run_data.textures)
+    return CalibrationScores(scores_of(model, s, images, held_out),
+                             scores_of(model, s, images, run_data.train_indices[:TRAINING_SCORES]),
+                             scores_of(model, s, synthetic, range(len(synthetic))),
+                             network_calls(model, s))
 
 
-def synthetic_defects(source: Source) -> tuple[Tensor, Tensor]:
-    """Section 3.3's anomalies at opacity FAINT on the held-out images, in turn: images, uint8
-    [SYNTHETIC, 3, H, W], and masks M, [SYNTHETIC, 1, H, W] in {0, 1}. Always the same ones."""
+def synthetic_defects(images: Images, held_out, foreground: Tensor,
+                      textures: Textures) -> tuple[Tensor, Tensor]:
+    """Section 3.3's anomalies at opacity FAINT on the images held out, in turn.
+
+    Returns images, uint8 [SYNTHETIC, 3, H, W], and masks M, [SYNTHETIC, 1, H, W] in {0, 1}; always
+    the same ones for the same images.
+    """
     rng = np.random.default_rng(0)
-    chosen = np.resize(source.held_out, SYNTHETIC)
-    n, foreground = source.images[chosen], source.foreground[chosen].float()
+    chosen = np.resize(held_out, SYNTHETIC)
+    n, foreground = images[chosen], foreground[chosen].float()
     M, _ = anomaly_mask(random_perlin(rng, SYNTHETIC, *n.shape[2:], n.device), foreground)
     A = torch.stack([anomaly_appearance(image, texture, rng)
-                     for image, texture in zip(n, source.textures.draw(SYNTHETIC, rng))])
+                     for image, texture in zip(n, textures.draw(SYNTHETIC, rng))])
     x = forward_process(n.float(), A.float(), M, FAINT)
     return x.round().to(torch.uint8), M
 
 
-def threshold(normal: dict, s: Settings) -> metrics.Threshold:
-    """The threshold of `normal_scores`, for images and, as a score is its map's largest value
-    (Eq. 11), for the regions of a map.
-
-    `metrics.normal_threshold` of the held-out and the training images together, and never below
-    that of the held-out ones alone. These few bound the false alarms badly; the training's images,
-    which a network that learns from anomalies does not know by heart, score as new ones do, or
-    lower.
-    """
-    return max(metrics.normal_threshold(scores, s.false_alarms) for scores in
-               (normal["images"], normal["images"] + normal.get("trained", [])))
-
-
-def synthetic_found(normal: dict, image: metrics.Threshold) -> float | None:
-    """Share of the synthetic defects above a threshold."""
-    scores = np.array(normal.get("synthetic", []))
-    return float((scores > image.value).mean()) if len(scores) else None
-
-
-def in_words(normal: dict, image: metrics.Threshold) -> str:
-    """What an image threshold promises, how surely, and how many synthetic defects it finds."""
-    counts = f"{len(normal['images'])} held-out"
-    if normal.get("trained"):
-        counts += f" and {len(normal['trained'])} training"
-    found = synthetic_found(normal, image)
-    return (f"threshold {image.value:.4f}, from {counts} images\n"
-            f"  of 100 good parts like these about {100 * image.rate:.0f} will be called defective "
-            f"({100 * image.low:.0f} to {100 * image.high:.0f} is plausible)"
-            + ("" if found is None else
-               f"\n  of {len(normal['synthetic'])} faint synthetic defects painted on the held-out "
-               f"images {round(found * len(normal['synthetic']))} are found"))
-
-
-def against_normal(normal: dict | None, s: Settings, labels: np.ndarray,
-                   scores: np.ndarray) -> dict:
-    """The threshold from normal images, and what it does on the test set.
-
-    image_auroc_held_out: the image AUROC with these images in place of the test set's good ones. It
-    differs where the good test images differ from the other normal ones, in light say.
-    """
-    found = dict.fromkeys(("threshold", "false_alarms_promised", "false_alarm_rate",
-                           "detection_rate", "synthetic_found", "image_f1",
-                           "image_auroc_held_out"))
-    found["threshold_images"] = len(normal["images"]) if normal else 0
-    if normal:
-        image = threshold(normal, s)
-        alarms = scores > image.value
-        found.update(threshold=image.value, false_alarms_promised=image.rate,
-                     synthetic_found=synthetic_found(normal, image),
-                     image_f1=f1_score(labels, alarms, zero_division=math.nan))
-        for label, name in ((0, "false_alarm_rate"), (1, "detection_rate")):
-            if (labels == label).any():
-                found[name] = float(alarms[labels == label].mean())
-        defective = scores[labels == 1].tolist()
-        if defective:
-            found["image_auroc_held_out"] = float(roc_auc_score(
-                [0] * len(normal["images"]) + [1] * len(defective), normal["images"] + defective))
-    return found
-
-
 # ---------------------------------------------------------------- the results of a run
 
-def write_results(folder: Path, model: TransFusion, s: Settings, source: Source, progress: dict,
-                  normal: dict | None, suffix: str = "") -> dict:
-    """Score the model and write metrics[suffix].json; without a suffix the other files too."""
-    found, scores, maps = score(model, s, source)
-    found.update(against_normal(normal, s, source.category.labels, scores))
-    per_epoch = steps_per_epoch(s, source)
-    found.update(data=source.category.data, category=s.category, method=s.method,
-                 preset=s.preset, seed=s.seed, step=progress["step"],
-                 epoch=math.ceil(progress["step"] / per_epoch),
-                 seconds_train=round(progress["seconds"], 1),
-                 seconds_per_image=seconds_per_image(model, s, source.test),
-                 infer_steps=network_calls(model, s), precision=s.precision,
-                 device=s.device, hardware=hardware(s.device), torch=torch.__version__)
-    if not suffix:
-        save_csv(folder / "scores.csv",
-                 [{"file": name_in(source.category, item.path), "label": item.label,
-                   "score": f"{value:.9g}"} for item, value in zip(source.category.test, scores)])
-        save_atomically(folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
-    save_json(folder / f"metrics{suffix}.json", found)
-    if not suffix:
-        save_atomically(folder / "qualitative.png",
-                        lambda file: draw_test_images(file, model, s, source))
-    return found
+def finish(run: Run) -> dict:
+    """Give a trained run its threshold, save it with that, and score it.
+
+    Without test images there are no scores, without defective ones there is a preview of synthetic
+    defects on held-out images. Returns the metrics.
+    """
+    s, run_data, model = run.settings, run.data, run.scored_model
+    run_after_training(model, s, run_data)
+    if len(run_data.held_out):
+        print("  scoring normal images, for the threshold", flush=True)
+    scores = calibration_scores(model, s, run_data)
+    run.calibration = scores and asdict(scores)
+    run.save()
+    if scores:
+        print(f"  {metrics.describe_threshold(scores, threshold(scores, s.false_alarms))}")
+    if run_data.test:
+        results = write_results(run)
+    else:
+        results = {"data": run_data.category.data, "category": s.category, "seed": s.seed,
+                   "step": run.step, "threshold": None, "synthetic_found": None}
+        if scores:
+            limit = threshold(scores, s.false_alarms)
+            results.update(threshold=limit.value,
+                           synthetic_found=metrics.synthetic_detection_rate(scores, limit))
+        save_json(run.folder / "metrics.json", results)
+        print("  no test images: trained, but not scored")
+    if scores and not any(item.label for item in run_data.category.test):
+        path = run.folder / "preview.png"
+        save_atomically(path, lambda file: draw_preview(file, model, s, run_data))
+        print(f"  no defective parts to test on; {path} shows synthetic defects on held-out images "
+              f"instead, a preview and no result")
+    elif scores and not math.isnan(results["image_f1max"]):
+        print(f"  at that threshold the test set's F1 is {100 * results['image_f1']:.1f} %; the "
+              f"best threshold for this very test set would give "
+              f"{100 * results['image_f1max']:.1f} %")
+        print(f"  the test set's defective images against the held-out normal ones: an AUROC of "
+              f"{100 * results['image_auroc_held_out']:.1f} %")
+    return results
 
 
-# ---------------------------------------------------------------- the picture of a run
+def write_results(run: Run, path: Path | None = None) -> dict:
+    """Score a run's model. Writes its metrics to `path`, or metrics.json and the other files too.
 
-def over_grey(image: np.ndarray, M: np.ndarray, top: float) -> np.ndarray:
-    """A map [H, W] in colours from 0 to `top` over the grey image [H, W, 3]; both in 0..255."""
-    from matplotlib import colormaps
-    share = np.clip(M / top, 0, 1)[..., None]
-    alpha = 0.8 * np.sqrt(share)
-    colours = colormaps["inferno"](share[..., 0])[..., :3] * 255
-    return (1 - alpha) * image.mean(-1, keepdims=True) + alpha * colours
+    The other files are scores.csv, maps.npz and qualitative.png. Returns the metrics.
+    """
+    s, run_data, model = run.settings, run.data, run.scored_model
+    items = run_data.category.test
+    print(f"  scoring {len(items)} test images", flush=True)
+    results, scores, maps = score(model, s, run_data)
+    calibration = CalibrationScores(**run.calibration) if run.calibration else None
+    results.update(metrics.threshold_metrics(calibration, s.false_alarms, run_data.category.labels, scores))
+    results.update(data=run_data.category.data, category=s.category, method=s.method,
+                   preset=s.preset, seed=s.seed, step=run.step,
+                   epoch=math.ceil(run.step / run.steps_per_epoch),
+                   seconds_train=round(run.seconds, 1),
+                   seconds_per_image=seconds_per_image(model, s, run_data.test),
+                   infer_steps=network_calls(model, s), precision=s.precision,
+                   device=s.device, hardware=hardware(s.device), torch=torch.__version__)
+    if path:
+        save_json(path, results)
+        return results
+    save_csv(run.folder / "scores.csv",
+             [{"file": name_in(run_data.category, item.path), "label": item.label,
+               "score": f"{value:.9g}"} for item, value in zip(items, scores)])
+    save_atomically(run.folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
+    save_json(run.folder / "metrics.json", results)
+    print("  drawing some of them", flush=True)
+    save_atomically(run.folder / "qualitative.png",
+                    lambda file: draw_test_images(file, model, s, run_data))
+    return results
 
 
-def printable(name: str) -> str:
-    """A file's name for people: bytes that are no UTF-8 are written out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def score_epoch(run: Run, every: int) -> None:
+    """--eval-every: score the test set where the epoch is due and the training is well."""
+    epoch = run.log[-1]["epoch"]
+    if not every or epoch % every or run.outliers or ranks.RANK:
+        return
+    run_after_training(run.scored_model, run.settings, run.data)
+    results, *_ = score(run.scored_model, run.settings, run.data)
+    run.scored_model.train()
+    run.evaluations.append({"epoch": epoch, "step": run.step, **results})
+    save_csv(run.folder / "eval.csv", run.evaluations)
 
 
-ROWS = 24                                               # of the picture, at most
-
-
-def pick_rows(items: list[data.Item], of_each: int = 2) -> list[int]:
-    """Some test images of each kind, good ones last."""
-    kinds = sorted({item.defect for item in items}, key=lambda kind: (data.is_good(kind), kind))
-    each = max(1, min(of_each, ROWS // len(kinds)))
-    shown = [k for kind in kinds
-             for k in [k for k, item in enumerate(items) if item.defect == kind][:each]]
-    return shown if len(shown) <= ROWS else shown[:ROWS - 1] + shown[-1:]  # the last one is good
-
-
-def draw_test_images(file, model: TransFusion, s: Settings, source: Source) -> None:
+def draw_test_images(file, model: Method, s: Settings, run_data: RunData) -> None:
     """qualitative.png: some test images of each kind."""
-    items, shown = source.category.test, pick_rows(source.category.test)
-    truths = [None if source.masks is None else source.masks[k] for k in shown]
-    draw_rows(file, model, s, source.test[shown],
-              [f"{items[k].defect}\n{items[k].path.stem}" for k in shown], truths)
+    items = run_data.category.test
+    shown = pick_rows([item.defect for item in items])
+    truths = [None if run_data.masks is None else run_data.masks[k] for k in shown]
+    draw_restorations(file, model, s, run_data.test[shown],
+                      [f"{items[k].defect}\n{items[k].path.stem}" for k in shown], truths)
 
 
-def draw_preview(file, model: TransFusion, s: Settings, source: Source) -> None:
+def draw_preview(file, model: Method, s: Settings, run_data: RunData) -> None:
     """preview.png: held-out normal images, and the faint synthetic defects made on them."""
-    count = min(6, len(source.held_out))
-    made, M = synthetic_defects(source)
-    draw_rows(file, model, s, torch.cat([made[:count], source.images[source.held_out[:count]]]),
-              ["synthetic\ndefect"] * count + ["held-out\nnormal"] * count,
-              [*M[:count, 0].numpy(), *np.zeros_like(M[:count, 0])])
+    count = min(6, len(run_data.held_out))
+    defective, M = synthetic_defects(run_data.images, run_data.held_out, run_data.foreground,
+                                     run_data.textures)
+    images = torch.cat([defective[:count], run_data.images[run_data.held_out[:count]]])
+    draw_restorations(file, model, s, images,
+                      ["synthetic\ndefect"] * count + ["held-out\nnormal"] * count,
+                      [*M[:count, 0].numpy(), *np.zeros_like(M[:count, 0])])
 
 
-def draw_rows(file, model: TransFusion, s: Settings, images: Tensor, names: list[str],
-              truths: list) -> None:
-    """A row for each of images, uint8 [N, 3, H, W]: input, restoration, map over image, map, truth
-    (a mask, or None)."""
-    from matplotlib.figure import Figure
+def draw_restorations(file, model: Method, s: Settings, images: Tensor, names: list[str],
+                      truths: list) -> None:
+    """Restore images, uint8 [N, 3, H, W], and draw a row for each: see `pictures.draw_rows`."""
     parts = (part for _, part in restore_all(model, images, range(len(images)), s))
     x_0, *maps = (torch.cat(part).cpu() for part in zip(*parts))
     M_final = final_maps(dict(zip(Restoration._fields[1:], (M[:, 0].numpy() for M in maps))), s)
-    top = float(M_final.max())
-
-    photos = images.permute(0, 2, 3, 1).numpy()
     restored = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-    over = [over_grey(photo, M, top) for photo, M in zip(photos, M_final)]
-    truth = [np.full_like(M_final[0], np.nan) if M is None else top * M for M in truths]
-    columns = {"image": photos, "restoration": restored, "map over image": over,
-               "anomaly map": M_final, "ground truth": truth}
+    draw_rows(file, images.permute(0, 2, 3, 1).numpy(), restored, M_final, names, truths)
 
-    figure = Figure(figsize=(10, 2 * len(images) + 0.8), layout="constrained")
-    axes = figure.subplots(1, 5)
-    for axis, (title, pictures) in zip(axes, columns.items()):         # a column is one picture
-        side, white = len(pictures[0]), 255 if pictures[0].ndim == 3 else np.nan
-        gap = side // 16
-        rows = [np.pad(picture, ((0, gap), *[(0, 0)] * (picture.ndim - 1)), constant_values=white)
-                for picture in pictures]
-        column = np.concatenate(rows)[:-gap]
-        shade = axis.imshow(column / 255 if column.ndim == 3 else column, cmap="inferno", vmin=0,
-                            vmax=top)
-        axis.set_title(title, fontsize=9)
-        axis.set(xticks=[], yticks=[], frame_on=False)
-    side = images.shape[-1]
-    axes[0].set_yticks([side / 2 + k * (side + side // 16) for k in range(len(images))],
-                       [printable(name) for name in names], fontsize=8, rotation=90, va="center",
-                       ha="center", parse_math=False)
-    axes[0].tick_params(length=0, pad=12)
-    figure.colorbar(shade, ax=axes, location="bottom", shrink=0.4, aspect=30, pad=0.01,
-                    label="M_final (Eq. 10)")
-    figure.savefig(file, format="png", dpi=80)
+
+# ---------------------------------------------------------------- the command
+
+def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
+    """Score the model of a run folder, with other values of the groups "scoring" and "machine".
+
+    changes: values of Settings by name; "data" where the run's images have moved. With the run's
+    own scoring metrics.json and its companions are written anew, with another metrics-*.json alone.
+    Returns the metrics. Raises InputError.
+    """
+    model, trained, state = load_model(folder / "last.pt", pick_device(device))
+    if changes.get("final_mask") == "last":
+        changes = {"infer_steps": 0, **changes}            # M_1 is the last of all steps alone
+    s = dataclasses.replace(trained, device=str(pick_device(device)), **changes)
+    check(s)
+    network_calls(model, s)
+    config = saved_settings(folder) or trained             # of a longer training, perhaps
+    calibration = state.get("calibration")
+    unfinished = (not calibration and state["step"] > 0 and s.hold_out > 0
+                  or (config.steps, config.epochs) != (trained.steps, trained.epochs))
+    run_data = load_run_data(s, training=False, folder=folder)
+    for note in run_data.notes:
+        if note.startswith("warning"):
+            print(f"  {note}")
+    if not run_data.test:
+        raise InputError(f"{run_data.category.root}: no test images to score")
+    with locked_folder(folder):
+        if not calibration:
+            run_after_training(model, s, run_data)
+        scores = calibration_scores(model, s, run_data)
+        run = Run(folder, s, run_data, model, step=state["step"], seconds=state["seconds"],
+                  calibration=scores and asdict(scores))
+        path = result_path(folder, s, trained, state["step"] if unfinished else 0)
+        return write_results(run, None if path.name == "metrics.json" else path)
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    parser = argparse.ArgumentParser(
+        description="Score the model of a run folder again, with the folder's settings.",
+        argument_default=argparse.SUPPRESS)
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/mvtec/cable")
+    add_flags(parser.add_argument_group("scoring"), fields_of("scoring"))
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--data", metavar="DIR", help="where the run's images lie now, if they "
+                         "have moved")
+    add_flags(machine, [f for f in fields_of("machine")
+                        if f.name in ("root", "device", "memory_gb", "eval_batch")])
+    changes = vars(parser.parse_args(argv))
+    folder, device = Path(changes.pop("run")).expanduser(), changes.pop("device", "auto")
+    for name in {"data", "root"} & set(changes):
+        changes[name] = os.path.expanduser(changes[name])
+    if "data" in changes:
+        changes["data"] = clean_data(changes["data"])
+    print_table([evaluate_run(folder, changes, device)])
+    print(f"\nresults are in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

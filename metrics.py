@@ -3,13 +3,33 @@
 AUPRO is written out because its definition matters, and the other pixel metrics are made by the
 same curve, in a fraction of a library's memory; the image metrics are scikit-learn's. No torch.
 """
+import math
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 from scipy.stats import beta
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import (average_precision_score, f1_score, precision_recall_curve,
+                             roc_auc_score)
+
+
+def checked_masks(masks: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Ground truth as bool [N, H, W]. masks: of any dtype, with the values 0 and 1.
+
+    Raises ValueError for other values (0 and 255, say) and for another shape than the maps'.
+    """
+    masks, shape = np.asarray(masks), np.shape(maps)
+    if masks.shape != shape or masks.ndim != 3:
+        raise ValueError(f"masks {list(masks.shape)} and maps {list(shape)}: both must have the "
+                         f"same shape [N, H, W]")
+    if masks.dtype != bool:
+        values = np.unique(masks)
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(f"masks hold the values {', '.join(f'{v:g}' for v in values[:5])}: "
+                             f"only 0 and 1 are allowed; pass masks > 0, say")
+    return masks.astype(bool)
 
 
 def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
@@ -18,8 +38,10 @@ def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
     MVTec AD's evaluation, exactly: every distinct score is a threshold; a pixel of a region adds
     1 / |region| to the mean overlap, a normal pixel of any image, good ones included, 1 / number of
     normal pixels to the rate; the area is divided by `limit`. maps: [N, H, W], larger is more
-    anomalous; masks: bool [N, H, W]. Raises ValueError if there is no anomalous or no normal pixel.
+    anomalous; masks: [N, H, W] in {0, 1}, of any dtype. Raises ValueError for other masks (see
+    `checked_masks`) and if there is no anomalous or no normal pixel.
     """
+    masks = checked_masks(masks, maps)
     return area(*weighted_roc(maps, masks, region_weights(masks)), limit) / limit
 
 
@@ -65,6 +87,7 @@ def area(fpr: np.ndarray, tpr: np.ndarray, limit: float = 1.0) -> float:
 
 def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     """Pixel AUROC, pixel AP (both as scikit-learn's) and AUPRO. Arguments as in `aupro`."""
+    masks = checked_masks(masks, maps)
     anomalous = int(masks.sum())
     fpr, tpr = weighted_roc(maps, masks, np.ones(anomalous))
     false, true = fpr[2::2] * (masks.size - anomalous), tpr[2::2] * anomalous  # with each threshold
@@ -77,10 +100,10 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
              masks: np.ndarray | None = None) -> dict[str, float]:
     """All metrics of a test set, fractions in 0..1.
 
-    labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: bool [N, H, W], or None where there
-    is no ground truth. image_f1max: the best F1 of all thresholds, which sees the labels: an upper
+    labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: [N, H, W] in {0, 1}, of any
+    dtype, or None where there is no ground truth. image_f1max: the best F1 of all thresholds, which sees the labels: an upper
     bound, not a result. What is undefined (no defective or no good image, no masks) is NaN, with a
-    warning that names it.
+    warning that names it. Raises ValueError for other masks (see `checked_masks`).
     """
     labels = np.asarray(labels).astype(int)
     results = dict.fromkeys(("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap",
@@ -96,7 +119,9 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
         warnings.warn(f"the test set has no {missing} image: image metrics are undefined")
     if masks is None:
         warnings.warn("there is no ground truth: pixel metrics are undefined")
-    elif not masks.any() or masks.all():
+        return results
+    masks = checked_masks(masks, maps)
+    if not masks.any() or masks.all():
         missing = "normal" if masks.any() else "anomalous"
         warnings.warn(f"the masks have no {missing} pixel: pixel metrics are undefined")
     else:
@@ -128,3 +153,81 @@ def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> Threshol
     k = min(n, max(1, int(np.floor(false_alarms * (n + 1) + 1e-9))))   # 0.05 * 20 is 1, not less
     low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
     return Threshold(float(ordered[k - 1]), k / (n + 1), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class CalibrationScores:
+    """Image scores from which a threshold is set, and which a checkpoint keeps.
+
+    held_out: of normal images that were not trained on; training: of some that were; synthetic: of
+    `evaluate.synthetic_defects`; infer_steps: the network calls with which all were scored.
+    """
+    held_out: list[float]
+    training: list[float]
+    synthetic: list[float]
+    infer_steps: int
+
+
+def threshold(scores: CalibrationScores, false_alarms: float) -> Threshold:
+    """The threshold for images and, as a score is its map's largest value (Eq. 11), for the regions
+    of a map.
+
+    `normal_threshold` of the held-out and the training images together, and never below
+    that of the held-out ones alone. These few bound the false alarm rate badly. The training
+    images, which a network that learns from synthetic anomalies does not know by heart, score as
+    new ones do, or lower.
+    """
+    return max((normal_threshold(some, false_alarms)
+                for some in (scores.held_out, scores.held_out + scores.training)),
+               key=lambda limit: (limit.value, limit.rate))
+
+
+def synthetic_detection_rate(scores: CalibrationScores, limit: Threshold) -> float | None:
+    """Share of the synthetic defects above a threshold."""
+    if not scores.synthetic:
+        return None
+    return float((np.array(scores.synthetic) > limit.value).mean())
+
+
+def describe_threshold(scores: CalibrationScores, limit: Threshold) -> str:
+    """A threshold in words: its false alarm rate, how surely, and its synthetic detection rate."""
+    counts = f"{len(scores.held_out)} held-out"
+    if scores.training:
+        counts += f" and {len(scores.training)} training"
+    lines = [f"threshold {limit.value:.4f}, from {counts} images",
+             f"  expected false alarm rate: {100 * limit.rate:.0f} % of good parts (plausible range "
+             f"{100 * limit.low:.0f} to {100 * limit.high:.0f} %)"]
+    rate = synthetic_detection_rate(scores, limit)
+    if rate is not None:
+        count = len(scores.synthetic)
+        lines.append(f"  detection rate on {count} faint synthetic defects: {100 * rate:.0f} % "
+                     f"({round(rate * count)} of {count})")
+    return "\n".join(lines)
+
+
+def threshold_metrics(calibration: CalibrationScores | None, false_alarms: float,
+                      labels: np.ndarray, scores: np.ndarray) -> dict:
+    """The threshold from normal images, and its false alarm and detection rates on the test set.
+
+    image_auroc_held_out: the image AUROC with the held-out images in place of the test set's good
+    ones. It differs where these differ from the other normal images, in light say.
+    """
+    results = dict.fromkeys(("threshold", "false_alarms_promised", "false_alarm_rate",
+                             "detection_rate", "synthetic_found", "image_f1",
+                             "image_auroc_held_out"))
+    results["threshold_images"] = len(calibration.held_out) if calibration else 0
+    if calibration:
+        limit = threshold(calibration, false_alarms)
+        alarms = scores > limit.value
+        results.update(threshold=limit.value, false_alarms_promised=limit.rate,
+                       synthetic_found=synthetic_detection_rate(calibration, limit),
+                       image_f1=f1_score(labels, alarms, zero_division=math.nan))
+        for label, name in ((0, "false_alarm_rate"), (1, "detection_rate")):
+            if (labels == label).any():
+                results[name] = float(alarms[labels == label].mean())
+        defective = scores[labels == 1].tolist()
+        if defective:
+            results["image_auroc_held_out"] = float(roc_auc_score(
+                [0] * len(calibration.held_out) + [1] * len(defective),
+                calibration.held_out + defective))
+    return results

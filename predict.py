@@ -12,7 +12,6 @@ import argparse
 import csv
 import dataclasses
 import glob
-import html
 import math
 import os
 import sys
@@ -20,7 +19,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -28,33 +26,40 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-import data
-from data import open_image, preprocess, scale, to_rgb
-from evaluate import (final_maps, image_scores, in_words, network_calls, normal_scores, over_grey,
-                      printable, threshold)
-from runs import (Source, add_to_checkpoint, load_checkpoint, load_model, locked, make_folder,
-                  save_atomically, save_csv)
-from settings import SCORING, InputError, Settings, check, exit_status, pick_device, progress_bar
-from transfusion import TransFusion
+from data import Images, Textures, foreground_masks, preprocess, scale
+from evaluate import final_maps, image_scores, network_calls, scores_of, synthetic_defects
+from metrics import CalibrationScores, describe_threshold, threshold
+from runs import load_checkpoint, load_model
+from settings import Settings, check, names_of
+from support.console import InputError, exit_status, progress_bar
+from support.devices import pick_device
+from support.files import locked_folder, make_folder, save_atomically, save_csv
+from support.images import TOO_DARK, decode, open_image, to_rgb
+from support.layouts import (Category, find_files, find_images, labels_among_images, root_folder,
+                             unread_files)
+from support.page import web_page
+from support.pictures import over_grey
+from support.weights import load_torch
+from transfusion import Method
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
-SIDE = 2048                             # the longest side of a picture, in pixels
+MAX_PICTURE_SIDE = 2048                 # the longest side of a picture, in pixels
 PICTURES = ("heatmaps", "restored", "maps")
-TAKEN = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] of "
-         "uint8 or uint16, or a list of these")
+ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] "
+                   "of uint8 or uint16, or a list of these")
 
 
 # ---------------------------------------------------------------- from Python
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What the model finds in one image.
+    """The result for one image.
 
     score: Eq. 11. verdict: "defective", "normal", or "" for a model without threshold. M_final:
     Eq. 10, float32 [H, W], NaN where the centre crop leaves the image out. image, restored: uint8
     [H, W, 3]; the restored is the image itself where that is so. H x W is the image's own size, or
-    smaller where that has a side over SIDE pixels; size: its own width and height.
+    smaller where that has a side over MAX_PICTURE_SIDE pixels; size: its own width and height.
     """
     image: np.ndarray
     size: tuple[int, int]
@@ -97,15 +102,15 @@ class Inspection:
         H, W = self.M_final.shape
         wide, high = self.size[0] / W, self.size[1] / H
         labels, _ = ndimage.label(M > level, np.ones((3, 3)))
-        found = []
+        regions = []
         for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
             inside = labels[rows, columns] == k
-            found.append({"x": round(columns.start * wide), "y": round(rows.start * high),
-                          "width": round((columns.stop - columns.start) * wide),
-                          "height": round((rows.stop - rows.start) * high),
-                          "area": round(inside.sum() * wide * high),
-                          "peak": float(self.M_final[rows, columns][inside].max())})
-        return sorted(found, key=lambda region: -region["peak"])
+            regions.append({"x": round(columns.start * wide), "y": round(rows.start * high),
+                            "width": round((columns.stop - columns.start) * wide),
+                            "height": round((rows.stop - rows.start) * high),
+                            "area": round(inside.sum() * wide * high),
+                            "peak": float(self.M_final[rows, columns][inside].max())})
+        return sorted(regions, key=lambda region: -region["peak"])
 
 
 class Inspector:
@@ -117,9 +122,10 @@ class Inspector:
 
     batch = 8
 
-    def __init__(self, model: TransFusion, s: Settings, normal: dict | None):
-        self.model, self.s, self.normal = model, s, normal
-        self.threshold = threshold(normal, s) if normal else None
+    def __init__(self, model: Method, s: Settings,
+                 calibration: CalibrationScores | None):
+        self.model, self.s, self.calibration = model, s, calibration
+        self.threshold = threshold(calibration, s.false_alarms) if calibration else None
 
     def inspect(self, images):
         """The Inspection of an image, or the list of those of a list of images.
@@ -129,22 +135,22 @@ class Inspector:
         """
         if not isinstance(images, (list, tuple)):
             return self.inspect_batch([images])[0]
-        return [found for start in range(0, len(images), self.batch)
-                for found in self.inspect_batch(images[start:start + self.batch])]
+        return [inspection for start in range(0, len(images), self.batch)
+                for inspection in self.inspect_batch(images[start:start + self.batch])]
 
     def inspect_batch(self, images) -> list[Inspection]:
         """`inspect` for a list that goes through the network at once."""
         pictures = [as_rgb(image) for image in images]
         ready = np.stack([preprocess(image, self.s.resize, self.s.crop) for image in pictures])
         x = scale(torch.tensor(ready).to(next(self.model.parameters()).device))
-        found = self.model.restore(x, self.s.infer_steps)
-        maps = final_maps({name: getattr(found, name)[:, 0].cpu().numpy()
+        restored = self.model.restore(x, self.s.infer_steps)
+        maps = final_maps({name: getattr(restored, name)[:, 0].cpu().numpy()
                            for name in ("M_disc", "M_recon", "M_last")}, self.s)
         scores = image_scores(maps).tolist()
-        level = self.threshold and self.threshold.value
-        return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), level)
+        limit = self.threshold and self.threshold.value
+        return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), limit)
                 for image, shown, score, M, x_0 in
-                zip(pictures, map(as_shown, pictures), scores, maps, found.x_0.cpu())]
+                zip(pictures, map(as_shown, pictures), scores, maps, restored.x_0.cpu())]
 
 
 def load(run, device: str = "auto", **changes) -> Inspector:
@@ -155,13 +161,14 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     """
     path = Path(run).expanduser()
     model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
-    unknown = set(changes) - set(SCORING)
+    unknown = set(changes) - names_of("scoring")
     if unknown:
         raise InputError(f"{', '.join(sorted(unknown))}: cannot be changed after training")
     s = dataclasses.replace(s, **changes)
     check(s)
     network_calls(model, s)
-    return Inspector(model, s, state.get("calibrated") or state.get("normal"))
+    scores = state.get("user_calibration") or state.get("calibration")
+    return Inspector(model, s, CalibrationScores(**scores) if scores else None)
 
 
 def as_rgb(image) -> Image.Image:
@@ -169,23 +176,23 @@ def as_rgb(image) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return to_rgb(open_image(Path(image).expanduser()))
     if isinstance(image, Image.Image):
-        return to_rgb(data.decode(image, "an image"))
+        return to_rgb(decode(image, "an image"))
     array = np.asarray(image) if isinstance(image, np.ndarray) else None
     if array is None or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape \
             or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4)):
         kind = f"an array {list(array.shape)} of {array.dtype}" if array is not None else \
             type(image).__name__
-        raise InputError(f"{kind}: not an image; {TAKEN}")
+        raise InputError(f"{kind}: not an image; {ACCEPTED_INPUTS}")
     if array.dtype == np.uint16:
         if 0 < array.max() < 4096:
-            warnings.warn(data.DARK.format("an array"))
+            warnings.warn(TOO_DARK.format("an array"))
         array = (array / 257).round().astype(np.uint8)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array).convert("RGB")
 
 
 def as_shown(image: Image.Image) -> np.ndarray:
     """The image at the size of its pictures, uint8 [H, W, 3]."""
-    share = SIDE / max(image.size)
+    share = MAX_PICTURE_SIDE / max(image.size)
     if share < 1:
         image = image.resize([max(1, round(share * side)) for side in image.size],
                              Image.Resampling.BILINEAR, reducing_gap=2)
@@ -213,36 +220,38 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
 
 # ---------------------------------------------------------------- the command
 
-def find_images(given: list[str], out: Path) -> tuple[list[Path], list[str]]:
-    """The files named, those of folders (searched through) and of globs, and what was passed over
-    there. Not the pictures that this command has written. Raises InputError where a name stands for
-    none."""
-    def written(path: Path) -> bool:
+def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
+    """The image files that names stand for: files, folders (searched through) and globs.
+
+    The pictures that this command has written are left out. Returns the files, and notes on what
+    was not read. Raises InputError where a name stands for none.
+    """
+    def is_output(path: Path) -> bool:
         return any(folder.name in PICTURES and (folder.parent.resolve() == out.resolve()
                                                 or (folder.parent / "regions.csv").exists())
                    for folder in path.parents)
 
-    found, notes = [], []
-    for name in given:
+    photos, notes = [], []
+    for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            some = [p for p in data.find_images(path) if not written(p)]
-            ours = [p for p in data.find_files(path) if written(p) or p.name in ("scores.csv",
-                    "regions.csv", "index.html")]
-            notes += [data.passed_over(path, some + ours), *data.beside(some)]
+            files = [p for p in find_images(path) if not is_output(p)]
+            outputs = [p for p in find_files(path) if is_output(p)
+                       or p.name in ("scores.csv", "regions.csv", "index.html")]
+            notes += [unread_files(path, files + outputs), *labels_among_images(files)]
         elif path.exists():
-            some = [path]
+            files = [path]
         else:
-            some = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))
-                    if Path(p).is_file() and not written(Path(p))]
-        if not some:
+            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))
+                     if Path(p).is_file() and not is_output(Path(p))]
+        if not files:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
-        found += some
-    unique = {p.resolve(): Path(os.path.abspath(p)) for p in reversed(found)}
+        photos += files
+    unique = {p.resolve(): Path(os.path.abspath(p)) for p in reversed(photos)}
     return list(reversed(unique.values())), [note for note in notes if note]
 
 
-def names_of(files: list[Path]) -> list[str]:
+def relative_names(files: list[Path]) -> list[str]:
     """Each file's path below the folder that holds them all; from its drive's root, where they lie
     on several."""
     try:
@@ -252,14 +261,14 @@ def names_of(files: list[Path]) -> list[str]:
         return ["/".join(part.strip("/\\:") for part in file.parts) for file in files]
 
 
-def tiff_places(files: list[Path], names: list[str]) -> list[str]:
+def tiff_paths(files: list[Path], names: list[str]) -> list[str]:
     """CATEGORY/test/DEFECT/NNN.tiff for images of such a tree, else, or where two would be one, its
     own name."""
-    places = ["/".join((*file.parts[-4:-1], file.stem + ".tiff"))
-              if len(file.parts) > 3 and file.parts[-3] == "test" else name + ".tiff"
-              for file, name in zip(files, names)]
-    count = Counter(places)
-    return [place if count[place] == 1 else name + ".tiff" for place, name in zip(places, names)]
+    paths = ["/".join((*file.parts[-4:-1], file.stem + ".tiff"))
+             if len(file.parts) > 3 and file.parts[-3] == "test" else name + ".tiff"
+             for file, name in zip(files, names)]
+    count = Counter(paths)
+    return [path if count[path] == 1 else name + ".tiff" for path, name in zip(paths, names)]
 
 
 @exit_status
@@ -272,25 +281,25 @@ def main(argv: list[str] | None = None) -> int:
     if flags.calibrate:
         model = calibrate(model, Path(flags.run).expanduser(), flags)
     model.batch = flags.batch
-    say_threshold(model, flags.run)
+    print_threshold(model, flags.run)
     if not flags.images:
         return 0
     out = Path(flags.out).expanduser()
-    files, notes = find_images(flags.images, out)
+    files, notes = find_photos(flags.images, out)
     for note in notes:
         print(f"note: {note}")
     if (out / "last.pt").exists():
         raise InputError(f"--out {out}: holds a training's results; choose another folder")
-    with locked(out):
-        remove_old(out)
+    with locked_folder(out):
+        remove_old_pictures(out)
         return inspect_files(model, files, out, flags)
 
 
 def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
-    """Inspect them batch by batch and write what is found. Returns 1 where some cannot be read."""
-    names = names_of(files)
-    places = tiff_places(files, names)
-    scores, found, shown, unread = [], [], [], []
+    """Inspect them batch by batch and write the results. Returns 1 where some cannot be read."""
+    names = relative_names(files)
+    map_names = tiff_paths(files, names)
+    scores, all_regions, shown, unread = [], [], [], []
     with progress_bar(total=len(files), unit="image") as bar:
         for start in range(0, len(files), flags.batch):
             batch, pictures = range(start, min(start + flags.batch, len(files))), {}
@@ -305,19 +314,19 @@ def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
                 scores.append({"file": names[k], "score": f"{result.score:.6g}",
                                "verdict": result.verdict, "threshold":
                                "" if result.threshold is None else f"{result.threshold:.6g}"})
-                found += [{"file": names[k], **region, "peak": f"{region['peak']:.6g}"}
-                          for region in regions]
+                all_regions += [{"file": names[k], **region, "peak": f"{region['peak']:.6g}"}
+                                for region in regions]
                 shown.append((files[k], names[k], result.score, result.size, regions))
                 save_image(out / "heatmaps" / f"{names[k]}.png", result.heat_map())
                 save_image(out / "restored" / f"{names[k]}.png", Image.fromarray(result.restored))
                 if flags.maps == "tiff":
-                    save_image(out / "maps" / places[k],
+                    save_image(out / "maps" / map_names[k],
                                Image.fromarray(np.nan_to_num(result.M_final)))
             save_csv(out / "scores.csv", scores, SCORE_COLUMNS)
-            save_csv(out / "regions.csv", found, REGION_COLUMNS)
+            save_csv(out / "regions.csv", all_regions, REGION_COLUMNS)
             bar.update(len(batch))
-    threshold = model.threshold and model.threshold.value
-    page = web_page(shown, threshold, out, len(unread)).encode("utf-8", "backslashreplace")
+    limit = model.threshold and model.threshold.value
+    page = web_page(shown, limit, out, len(unread)).encode("utf-8", "backslashreplace")
     save_atomically(out / "index.html", lambda file: file.write(page))
     defective = sum(row["verdict"] == "defective" for row in scores)
     print(f"{len(scores)} images inspected"
@@ -327,7 +336,7 @@ def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
     return 1 if unread else 0
 
 
-def remove_old(out: Path) -> None:
+def remove_old_pictures(out: Path) -> None:
     """Remove the pictures that the scores.csv of an earlier call names."""
     try:
         with open(out / "scores.csv", newline="", encoding="utf-8") as file:
@@ -344,105 +353,57 @@ def remove_old(out: Path) -> None:
 def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     """--calibrate: take the threshold of a trained model from photos of good parts, and keep it.
 
-    They count as held-out images, in place of those of an earlier call. The run's own held-out
-    images count with those of the training: a few photos alone would bound the false alarms worse
-    than these did. All is scored with the run's own settings, whatever the flags change.
+    They count as held-out images and replace those of an earlier call. The run's own held-out
+    images count with those of the training: a few photos alone would bound the false alarm rate
+    worse than these did. All are scored with the run's own settings, whatever the flags change.
     """
     path = run / "last.pt" if run.is_dir() else run
     s, state = load_checkpoint(path)
-    files, notes = find_images(flags.calibrate, Path(flags.out or run).expanduser())
+    files, notes = find_photos(flags.calibrate, Path(flags.out or run).expanduser())
     for note in notes:
         print(f"note: {note}")
-    root = data.root_folder(s.root)
-    photos = data.Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos")
-    category = data.Category(s.data, s.category, root, files)
-    foreground, _ = data.foreground_masks(photos, category, "none" if s.foreground == "none"
-                                          else "auto")
-    normal = normal_scores(model.model, s, Source(
-        category, photos, np.array([], int), np.arange(len(files)), foreground,
-        data.Textures(root, s.crop), [], None, []))
-    own = state.get("normal")                              # the training's
-    if own and own["infer_steps"] == normal["infer_steps"]:
-        normal["trained"] = own["images"] + own.get("trained", [])
-    with locked(path.parent):
-        add_to_checkpoint(path, calibrated=normal)
-    before = f"threshold {threshold(model.normal, s).value:.4f}" if model.normal else "no threshold"
-    print(f"{path}: {before} before, {threshold(normal, s).value:.4f} now")
+    root = root_folder(s.root)
+    photos = Images(files, s.resize, s.crop, s.memory_gb * 1e9, "good photos")
+    foreground, _ = foreground_masks(photos, Category(s.data, s.category, root, files),
+                                     "none" if s.foreground == "none" else "auto")
+    indices = range(len(files))
+    synthetic, _ = synthetic_defects(photos, indices, foreground, Textures(root, s.crop))
+    calls, training = network_calls(model.model, s), []
+    own = state.get("calibration")                         # the training's
+    if own and own["infer_steps"] == calls:
+        training = own["held_out"] + own["training"]
+    scores = CalibrationScores(scores_of(model.model, s, photos, indices), training,
+                               scores_of(model.model, s, synthetic, range(len(synthetic))), calls)
+    with locked_folder(path.parent):
+        content = {**load_torch(path), "user_calibration": dataclasses.asdict(scores)}
+        save_atomically(path, lambda file: torch.save(content, file))
+    before = "no threshold"
+    if model.calibration:
+        before = f"threshold {threshold(model.calibration, s.false_alarms).value:.4f}"
+    print(f"{path}: {before} before, {threshold(scores, s.false_alarms).value:.4f} now")
     needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
-    if len(files) + len(normal["trained"]) < needed:
+    if len(files) + len(training) < needed:
         print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
               f"{needed} can")
-    return Inspector(model.model, model.s, normal)
+    return Inspector(model.model, model.s, scores)
 
 
-def say_threshold(model: Inspector, run: str) -> None:
+def print_threshold(model: Inspector, run: str) -> None:
     """Print the threshold with what it promises, or how to get one."""
     if not model.threshold:
         print(f"this model has no threshold: scores only; python predict.py {run} --calibrate "
               f"GOOD_PHOTOS gives it one")
         return
-    print(in_words(model.normal, model.threshold))
+    print(describe_threshold(model.calibration, model.threshold))
     calls = network_calls(model.model, model.s)
-    if calls != model.normal["infer_steps"]:
-        print(f"warning: the threshold belongs to {model.normal['infer_steps']} network calls, not "
-              f"to {calls}; scores shift a little", file=sys.stderr)
+    if calls != model.calibration.infer_steps:
+        print(f"warning: the threshold was set with {model.calibration.infer_steps} network calls "
+              f"and not with {calls}; scores shift a little", file=sys.stderr)
 
 
 def save_image(path: Path, picture: Image.Image) -> None:
     make_folder(path.parent)
     save_atomically(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
-
-
-# ---------------------------------------------------------------- the page
-
-STYLE = """body{font:15px/1.4 sans-serif;margin:2em;color:#222}
-figure{display:flex;gap:1em;margin:0 0 1.2em;align-items:flex-start}
-.p{position:relative;flex:none;width:260px}
-.p img{width:100%;height:auto;display:block;background:#eee}
-.b{position:absolute;border:2px solid #0cf;box-sizing:border-box}
-hr{border:0;border-top:3px solid #c00;margin:2em 0 .3em}figcaption{overflow-wrap:anywhere}"""
-
-
-def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int) -> str:
-    """A page of all photos, the highest score first: photo, heat map with the regions' boxes, name.
-
-    shown: file, name, score, (width, height) and regions of each. The pictures are those on disk,
-    loaded as one scrolls to them.
-    """
-    def link(path) -> str:
-        return html.escape(quote(os.fsencode(str(path).replace(os.sep, "/"))))
-
-    defective = sum(threshold is not None and row[2] > threshold for row in shown)
-    counts = f"{len(shown)} photos" + (
-        f", {defective} defective, {len(shown) - defective} normal" if threshold is not None else
-        ", no threshold, so no verdicts") + (f", {unread} could not be read" if unread else "")
-    parts = [f"<!doctype html><html><head><meta charset='utf-8'><title>{counts}</title><style>"
-             f"{STYLE}</style></head><body><h1>{counts}</h1>"]
-    drawn = threshold is None
-    for file, name, score, (W, H), regions in sorted(shown, key=lambda row: -row[2]):
-        if not drawn and score <= threshold:
-            parts.append(f"<hr><p>threshold {threshold:.4g}: below it, normal</p>")
-            drawn = True
-        size = f"loading='lazy' width='{W}' height='{H}'"
-        count = f"{len(regions)} region{'s' * (len(regions) != 1)}"
-        photo = "" if file.suffix.lower() in (".tif", ".tiff", ".ppm", ".pgm") else \
-            f"<div class='p'><img {size} src='{link(relative(file, out))}'></div>"
-        boxes = "".join(f"<div class='b' style='left:{100 * r['x'] / W:.2f}%;top:"
-                        f"{100 * r['y'] / H:.2f}%;width:{100 * r['width'] / W:.2f}%;height:"
-                        f"{100 * r['height'] / H:.2f}%'></div>" for r in regions)
-        parts.append(f"<figure>{photo}<div class='p'><img {size} src='heatmaps/{link(name)}.png'>"
-                     f"{boxes}</div><figcaption>{html.escape(printable(name))}<br>score "
-                     f"{score:.4g}<br>{count}</figcaption></figure>")
-    if not drawn:
-        parts.append(f"<hr><p>threshold {threshold:.4g}: no photo below it</p>")
-    return "\n".join([*parts, "</body></html>\n"])
-
-
-def relative(file: Path, out: Path) -> str:
-    try:
-        return os.path.relpath(file, out)
-    except ValueError:                                                # on another drive
-        return file.as_uri()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

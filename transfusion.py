@@ -135,7 +135,8 @@ class ResidualBlock(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v, each (B, heads, pixels, C).
 
-    Spelled out on the CPU, where torch's fused kernel takes about twice as long.
+    Written out on the CPU, where torch's fused kernel takes about twice as long to train in
+    bfloat16 (in float32, and without a backward pass, it would be the faster one).
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
@@ -145,8 +146,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention of one head over all pixels, added to its input.
 
-    normalised: read the input through a GroupNorm, as DDPM's attention does (Ho et al. 2020); the
-    authors' does not. Without it what grows in the input makes itself grow, through eleven of them.
+    normalised: the input passes a GroupNorm first, as in DDPM (Ho et al. 2020). The authors' network
+    has no such norm. Without it, large activations amplify themselves through the eleven attention
+    layers.
     """
 
     def __init__(self, channels: int, normalised: bool):
@@ -282,6 +284,29 @@ class ResUNet(nn.Module):
             h = self.output_of(layer, h, time)
         return self.anomaly_head(h).float(), self.normal_head(h).float(), self.mask_head(h).float()
 
+    @torch.no_grad()
+    def start_from_identity(self) -> None:
+        """Initialise so that n_t = x_t, M_t is small everywhere, and every residual branch is silent.
+
+        Most of an image is normal, so this is most of the answer; from torch's default weights it
+        takes hundreds of steps to learn it. The paper says nothing on initialisation.
+        """
+        for module in self.modules():
+            if isinstance(module, (ResidualBlock, Attention)):
+                last = module.conv2 if isinstance(module, ResidualBlock) else module.output
+                last.weight.zero_()
+                last.bias.zero_()
+        last = self.up[-1].res.shortcut                # its input is [h, the input convolution]
+        skip = last.in_channels - self.image_proj.out_channels
+        for layer, first in ((self.image_proj, 0), (last, skip), (self.normal_head, 0)):
+            layer.weight[:3].zero_()
+            layer.bias[:3].zero_()
+            centre = layer.kernel_size[0] // 2
+            for channel in range(3):
+                layer.weight[channel, first + channel, centre, centre] = 1
+        self.mask_head[2].weight.mul_(0.1)
+        self.mask_head[2].bias.fill_(-2)               # M_t = 0.12, near the share of M
+
 
 # ---------------------------------------------------------------- section 3.2: the losses
 
@@ -357,7 +382,43 @@ class Restoration(NamedTuple):
     M_last: Tensor
 
 
-class TransFusion(nn.Module):
+def even_path(first: int, calls: int) -> list[int]:
+    """The steps t_k = round(first - k first / calls), k = 0..calls, that a restoration visits.
+
+    Raises ValueError for a number of calls that is not in 1..first.
+    """
+    if not 1 <= calls <= first:
+        raise ValueError(f"{calls} inference steps asked for, the schedule has 1 to {first}")
+    return [round(first - k * first / calls) for k in range(calls + 1)]
+
+
+class Method(nn.Module):
+    """What training and evaluation ask of a method: TransFusion, or another one of baselines/.
+
+    A method defines `losses`, `path` and `restore` as TransFusion does, and `last_step`: training
+    steps t are drawn from 1..last_step. The rest has defaults:
+
+    STAGES: shares of the training at which its stages end, the last one 1. The learning rate runs
+    through its schedule in each stage, and `stage`, from 0, is the current one.
+    IMAGES_AFTER_TRAINING: the number of training images that `after_training` wants to see.
+    """
+    STAGES: tuple[float, ...] = (1.0,)
+    IMAGES_AFTER_TRAINING = 0
+    stage = 0
+
+    def forward(self, *batch: Tensor, drop: str = "") -> dict[str, Tensor]:
+        """`losses`, under the name that DistributedDataParallel wraps."""
+        return self.losses(*batch, drop=drop)
+
+    def after_training(self, images: Tensor) -> None:
+        """Called once when the weights are final, with training images [N, 3, H, W] in [-1, 1].
+
+        Results go to buffers whose shapes are known from the start. Raises ValueError where
+        something is missing.
+        """
+
+
+class TransFusion(Method):
     """The network with its transparency schedule, and the switches between paper and authors' code.
 
     T, schedule: section 4.3 and Table 4. authors_schedule: T values instead of T + 1, and the
@@ -418,19 +479,14 @@ class TransFusion(nn.Module):
         kept = {f"L_{name}": 0.0 if name in drop else term for name, term in terms.items()}
         return {"loss": total_loss(**kept), **terms}                           # Eq. 9
 
-    forward = losses                    # a training pass is what DistributedDataParallel wraps
-
     def path(self, infer_steps: int = 0) -> list[int]:
-        """The steps that a restoration visits: t_k = round(first - k first / K), k = 0..K.
+        """The steps that a restoration visits, from T (T - 2 in the authors' schedule) to 0.
 
-        first: T, or T - 2 in the authors' schedule. infer_steps: K, the network calls; 0 for as
-        many as there are. Raises ValueError for a K that is not in 0..first.
+        infer_steps: the number of network calls; 0 for as many as the schedule has. Raises
+        ValueError for a number that the schedule lacks.
         """
         first = self.last_step - 1 if self.authors_schedule else self.last_step
-        K = infer_steps or first
-        if not 1 <= K <= first:
-            raise ValueError(f"{K} inference steps asked for, the schedule has 1 to {first}")
-        return [round(first - k * first / K) for k in range(K + 1)]
+        return even_path(first, infer_steps or first)
 
     @torch.no_grad()
     def reverse_process(self, x: Tensor, infer_steps: int = 0) -> Iterator[Step]:

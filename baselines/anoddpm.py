@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.common import Method, UNet, at, clean_estimate, even_path, noise_schedule, noised
-from transfusion import Restoration, reconstruction_error
+from baselines.common import Baseline, UNet, at, clean_estimate, noise_schedule, noised
+from transfusion import Restoration, even_path, reconstruction_error
 
 SCALE = 57.4            # gives one octave the standard deviation of the authors' noise, 0.31
 
@@ -92,7 +92,7 @@ def reverse_step(x_t: Tensor, eps: Tensor, abar: Tensor, abar_prev: Tensor,
     return mean + (beta.sqrt() * noise if abar_prev < 1 else 0.0)
 
 
-class AnoDDPM(Method):
+class AnoDDPM(Baseline):
     last_step = 250                      # of T = 1000: the noise at test, the most in training
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=0.0, channels=128, batch=2, epochs=1250,
@@ -140,7 +140,7 @@ class AnoDDPM(Method):
 
         x_t = noised(x, noise(), self.abar[path[0]])                           # Eq. A
         for t, t_prev in zip(path, path[1:]):
-            found = self.run(self.net, x_t, torch.full((len(x),), t, device=x.device))
-            x_t = reverse_step(x_t, found, self.abar[t], self.abar[t_prev], noise())
+            eps = self.run(self.net, x_t, torch.full((len(x),), t, device=x.device))
+            x_t = reverse_step(x_t, eps, self.abar[t], self.abar[t_prev], noise())
         error = reconstruction_error(x, x_t)                                   # Eq. F
         return Restoration(x_t, error, error, error)

@@ -1,5 +1,5 @@
-"""What the methods of this folder share: their interface, a diffusion, its U-Net, a codec,
-and ResNet-34's features.
+"""What the methods of this folder share: a diffusion, its U-Net, an autoencoder, and ResNet-34's
+features.
 
 Tensors are [B, C, H, W], images in [-1, 1]. As in transfusion.py t counts from T (noise) down to 0
 (the clean image), so abar_0 = 1; code that counts from 0 has our abar_t at t - 1.
@@ -14,41 +14,28 @@ from torch import Tensor, nn
 from torchvision.models import resnet34
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from transfusion import Attention, Resample, TimeEmbedding, ssim
+from transfusion import Attention, Method, Resample, TimeEmbedding, ssim
 
 
-PREPARED = 256          # training images, at most, that a method's `prepare` is given
-
-
-class Method(nn.Module):
-    """The interface of `baselines`. bf16: networks called through `run` are under autocast."""
+class Baseline(Method):
+    """A method of this folder. bf16: networks that are called through `run` are under autocast."""
     last_step = 1000
 
     def __init__(self, bf16: bool):
         super().__init__()
-        self.bf16, self.stage = bf16, 0
+        self.bf16 = bf16
 
     def run(self, net, *inputs):
-        """net(*inputs); what comes out is a float32 tensor, or a list of them."""
+        """net(*inputs), as a float32 tensor or a list of float32 tensors."""
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16):
-            found = net(*inputs)
-        return found.float() if isinstance(found, Tensor) else [part.float() for part in found]
-
-    def forward(self, *batch, **kwargs) -> dict[str, Tensor]:
-        return self.losses(*batch, **kwargs)
+            outputs = net(*inputs)
+        return outputs.float() if isinstance(outputs, Tensor) else [o.float() for o in outputs]
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """One pass, for a method without steps. Raises ValueError for another number."""
+        """[1, 0], as the method has a single pass. Raises ValueError for another number of steps."""
         if infer_steps > 1:
             raise ValueError(f"{infer_steps} inference steps asked for, the method has one pass")
         return [1, 0]
-
-
-def even_path(first: int, calls: int) -> list[int]:
-    """Steps from `first` to 0 in `calls` calls. Raises ValueError where there are fewer steps."""
-    if not 1 <= calls <= first:
-        raise ValueError(f"{calls} inference steps asked for, the schedule has 1 to {first}")
-    return [round(first - k * first / calls) for k in range(calls + 1)]
 
 
 # ---------------------------------------------------------------- diffusion
@@ -181,10 +168,10 @@ class Encoder(nn.Module):
         self.end = nn.Conv2d(c, 8, 3, padding=1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        found = [self.start(x)]
+        maps = [self.start(x)]
         for level in self.levels:
-            found.append(level(found[-1]))
-        return [*found[1:], self.end(F.silu(found[-1]))]
+            maps.append(level(maps[-1]))
+        return [*maps[1:], self.end(F.silu(maps[-1]))]
 
 
 class VAE(nn.Module):
@@ -208,35 +195,38 @@ class VAE(nn.Module):
         self.register_buffer("mean", torch.zeros(1, 4, 1, 1))
         self.register_buffer("std", torch.ones(1, 4, 1, 1))
 
-    def loss(self, method: Method, x: Tensor) -> Tensor:
+    def loss(self, method: Baseline, x: Tensor) -> Tensor:
         """L1 + (1 - SSIM) + 1e-6 KL to N(0, I), of x and its reconstruction from a sample."""
         mean, log_var = method.run(self.encoder, x)[-1].chunk(2, 1)
         log_var = log_var.clamp(-30, 20)
         z = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        found = method.run(self.decoder, z)
+        x_r = method.run(self.decoder, z)
         with torch.no_grad():
             self.mean.lerp_(mean.mean((0, 2, 3), keepdim=True), 0.05)
             self.std.lerp_((mean - self.mean).square().mean((0, 2, 3), keepdim=True).sqrt(), 0.05)
         kl = (mean ** 2 + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean() / 2
-        return F.l1_loss(found, x) + 1 - ssim(found, x) + 1e-6 * kl
+        return F.l1_loss(x_r, x) + 1 - ssim(x_r, x) + 1e-6 * kl
 
-    def encode(self, method: Method, x: Tensor) -> Tensor:
+    def encode(self, method: Baseline, x: Tensor) -> Tensor:
         """The posterior's mean, [B, 4, h, w], normalised; `decode` takes that."""
         return (method.run(self.encoder, x)[-1][:, :4] - self.mean) / self.std
 
-    def decode(self, method: Method, z: Tensor) -> Tensor:
+    def decode(self, method: Baseline, z: Tensor) -> Tensor:
         """The image [B, 3, H, W], in about [-1, 1], of a normalised latent [B, 4, h, w]."""
         return method.run(self.decoder, z * self.std + self.mean)
 
 
-def resnet(weights: str, there: bool = False) -> nn.Module:
-    """torchvision's ResNet-34, giving its layers 1, 2 and 3; with the weights of a file if it is
-    there. Raises ValueError for a file of other content, and for none where it has to be there."""
+def resnet(weights: str, required: bool = False) -> nn.Module:
+    """torchvision's ResNet-34, which returns its layers 1, 2 and 3, with the weights of a file.
+
+    Without that file the weights are random. Raises ValueError for a file of other content, and
+    where the file is missing although it is required.
+    """
     net = resnet34()
     try:
         if Path(weights).is_file():
             net.load_state_dict(torch.load(weights, weights_only=True))
-        elif there:
+        elif required:
             raise ValueError(f"--resnet34 {weights}: gone since the training began; put it back")
     except (RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError):
         raise ValueError(f"--resnet34 {weights}: not the weights of torchvision's resnet34")

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from baselines.common import (PREPARED, VAE, Method, UNet, at, clean_estimate, ddim_step,
-                              even_path, noise_schedule, noised, resnet)
+from baselines.common import (VAE, Baseline, UNet, at, clean_estimate, ddim_step,
+                              noise_schedule, noised, resnet)
 from baselines.draem import damaged_image, opacity
-from transfusion import Restoration
+from transfusion import Restoration, even_path
 
 T_MAX, BINS, LEAST, NEIGHBOURS, POOL = 80, 10, 2, 20, 8
+BANK_SIZE = 256                         # training images in the bank, at most
 
 
 def guided(eps: Tensor, z_t: Tensor, z_0: Tensor, abar: Tensor, w: float) -> Tensor:
@@ -53,8 +54,9 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(a, b, 1)[:, None]
 
 
-class D3AD(Method):
+class D3AD(Baseline):
     STAGES = (0.4, 1.0)                 # autoencoder, diffusion
+    IMAGES_AFTER_TRAINING = BANK_SIZE
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=0.0, channels=192, batch=30, epochs=500,
                       lr=1e-4, lr_schedule="cosine", lam=0.85, kernel=13, attention_norm=True),
@@ -77,7 +79,7 @@ class D3AD(Method):
         self.net = UNet(4, 4, s.channels, widths, 2 if large else 1, attention)
         self.register_buffer("abar", noise_schedule(0.0015, 0.0195), False)
         side = s.crop // (8 if large else 4)
-        for name, shape in (("noise", (1, 4, side, side)), ("bank", (PREPARED, width * POOL ** 2)),
+        for name, shape in (("noise", (1, 4, side, side)), ("bank", (BANK_SIZE, width * POOL ** 2)),
                             ("count", ()), ("distances", (2,)), ("ranges", (2, 2))):
             self.register_buffer(name, torch.zeros(shape))
         self.noise.normal_()
@@ -160,11 +162,11 @@ class D3AD(Method):
         return sum(cosine_distance(a, b).mean()
                    for a, b in zip(self.features(x), self.features(x_0)))
 
-    def prepare(self, images: Tensor) -> None:
+    def after_training(self, images: Tensor) -> None:
         """One epoch of Eq. 10 on phi as it was before; then, from training images [N, 3, H, W],
         neighbours and all ranges. Raises ValueError where --resnet34's file is gone."""
         rng = torch.Generator().manual_seed(0)
-        before = resnet(self.resnet34, there=True) if self.resnet34 else self.vae.encoder
+        before = resnet(self.resnet34, required=True) if self.resnet34 else self.vae.encoder
         self.phi.load_state_dict(before.state_dict())
         optimizer = torch.optim.AdamW(self.phi.parameters(), 1e-4)
         for x in images.split(8):
@@ -177,10 +179,10 @@ class D3AD(Method):
             optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            found = torch.cat([self.pooled(self.features(x)) for x in images.split(8)])
-            self.bank[:len(found)] = found
-            self.count.fill_(len(found))
-            distance = self.distance(found, 1)
+            pooled = torch.cat([self.pooled(self.features(x)) for x in images.split(8)])
+            self.bank[:len(pooled)] = pooled
+            self.count.fill_(len(pooled))
+            distance = self.distance(pooled, 1)
             self.distances.copy_(torch.stack([distance.min(), distance.max()]))
             maps = [self.compare(x, level(d, *self.distances), 10)[1:]
                     for x, d in zip(images.split(8), distance.split(8))]
@@ -190,7 +192,7 @@ class D3AD(Method):
     @torch.no_grad()
     def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
         """x^_0, and Eq. 9's two parts in their ranges: the latents' as M_disc, so that --lam is its
-        lambda, the features' as M_recon. Before `prepare` T' is the largest, the ranges 0..1."""
+        lambda, the features' as M_recon. Before `after_training` T' is the largest, the ranges 0..1."""
         T = torch.full((len(x),), T_MAX, device=x.device)
         ranges = self.ranges if self.count else torch.tensor([[0.0, 1.0]] * 2, device=x.device)
         if self.count:

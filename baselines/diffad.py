@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.common import (VAE, Method, UNet, at, clean_estimate, ddim_step, even_path,
+from baselines.common import (VAE, Baseline, UNet, at, clean_estimate, ddim_step,
                               noise_schedule, noised)
 from baselines.draem import Segmenter, damaged_image, focal_loss, opacity
-from transfusion import Restoration, reconstruction_error
+from transfusion import Restoration, even_path, reconstruction_error
 
 FROM = 800                              # the step that f_and_r starts at
 CALLS, DRAWS = 5, 4
 
 
-class DiffAD(Method):
+class DiffAD(Baseline):
     STAGES = (0.25, 0.6, 1.0)           # autoencoder, diffusion, segmenter
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=90.0, channels=256, batch=32, epochs=6000,

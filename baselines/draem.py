@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.common import Method
+from baselines.common import Baseline
 from transfusion import Restoration, compose, reconstruction_error, ssim
 
 
@@ -121,7 +121,7 @@ def focal_loss(logits: Tensor, M: Tensor) -> Tensor:
     return -((1 - log_p.exp()) ** 2 * log_p).mean()
 
 
-class Draem(Method):
+class Draem(Baseline):
     PRESETS = {
         "paper": dict(resize=256, crop=256, rotation=90.0, channels=128, epochs=700, lr=1e-4,
                       lr_drop=560, weight_decay=0.0, lam=1.0, kernel=21, attention_norm=True),

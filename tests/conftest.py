@@ -1,5 +1,7 @@
 """Fixtures shared by the tests: the demo data and one small trained model."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 import demo
 import evaluate
 import train
+from helpers import argv_for, write_parts
 
 torch.set_num_threads(1)        # most models here are so small that two threads wait for each other
 
@@ -32,7 +35,36 @@ def no_picture(request, monkeypatch):
     """The picture of a run takes longer than its training here: without the mark "picture" the file
     holds other bytes every time."""
     if not request.node.get_closest_marker("picture"):
-        monkeypatch.setattr(evaluate, "draw_rows", lambda file, *_: file.write(os.urandom(16)))
+        monkeypatch.setattr(evaluate, "draw_restorations",
+                            lambda file, *_: file.write(os.urandom(16)))
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    """A small category of the user's own, parts/bolt, as the current folder's neighbour."""
+    write_parts(tmp_path)
+    return tmp_path / "parts"
+
+
+@pytest.fixture(scope="session")
+def trained_parts(tmp_path_factory) -> Path:
+    """A folder with parts/bolt and a finished run of it, runs/parts/bolt; tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_parts(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "draw_restorations", lambda file, *_: file.write(os.urandom(16)))
+        assert train.main(argv_for(folder / "parts")) == 0
+    return folder
+
+
+@pytest.fixture
+def factory(trained_parts, tmp_path) -> Path:
+    """A copy of `trained_parts`, as if the run had been made there."""
+    shutil.copytree(trained_parts, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs/parts/bolt/data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()),
+                                "root": str(tmp_path / "parts/bolt")}))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,50 @@
+"""The processor that computes: its choice, its name, and whether it is fast in bfloat16."""
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from support.console import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names; "auto" is a GPU where there is one.
+
+    Raises InputError for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: no such device; cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                         f"devices, counted from 0")
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether this processor multiplies in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name)
+                   for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def hardware(device: str) -> str:
+    """The processor's name, and on a CPU the number of threads that compute."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

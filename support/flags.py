@@ -1,0 +1,30 @@
+"""Command line flags made from the fields of a dataclass."""
+import argparse
+import dataclasses
+
+from support.console import InputError
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: eval_batch is --eval-batch."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser, fields: list[dataclasses.Field]) -> None:
+    """Add a flag for each of these fields to a parser or to one of its groups."""
+    for f in fields:
+        meta = f.metadata
+        text = f"{meta['help']} (default {f.default})" if f.default != "" else meta["help"]
+        if f.type is bool:
+            parser.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            metavar = None if meta["choices"] else f.type.__name__.upper()
+            parser.add_argument(flag_of(f.name), type=f.type, choices=meta["choices"], help=text,
+                                metavar=metavar)
+
+
+class Moved(argparse.Action):
+    """A flag of an earlier version. Raises InputError with the command that replaces it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise InputError(f"{option_string} is now a command of its own: {self.const}")

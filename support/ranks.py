@@ -1,0 +1,74 @@
+"""Several processes that train as one: the one place that reads torchrun's environment.
+
+RANK is this process's number, COUNT the number of processes, LOCAL_RANK the number on this machine.
+Alone, a process is rank 0 of 1. Rank 0 speaks and writes; the others only compute.
+"""
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+
+
+def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, str]:
+    """Rank, number of processes, local rank, and a note on variables that were ignored.
+
+    torchrun's variables count only where all of VARIABLES are there and agree. A shell that was
+    started inside somebody else's job has some of them, and one process runs there.
+    """
+    values = {name: environment[name] for name in VARIABLES if environment.get(name)}
+    numbers = [values.get(name, "") for name in VARIABLES[:3]]
+    if len(values) == len(VARIABLES) and all(number.isdecimal() for number in numbers):
+        rank, count, local_rank = map(int, numbers)
+        if local_rank <= rank < count:
+            return rank, count, local_rank, ""
+    if values.keys() & set(VARIABLES[:3]):
+        return 0, 1, 0, (f"note: {', '.join(f'{k}={v}' for k, v in values.items())} in the "
+                         f"environment ignored, as torchrun sets {', '.join(VARIABLES)} together; "
+                         f"one process runs")
+    return 0, 1, 0, ""
+
+
+RANK, COUNT, LOCAL_RANK, NOTE = read_environment(os.environ)
+
+
+def silence_others() -> None:
+    """Close the standard streams of every rank but the first."""
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def join(device: str) -> str:
+    """Meet the other processes. Returns the device of this one: on GPUs, each has its own."""
+    import torch
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                         timeout=timedelta(hours=12))    # while rank 0 scores
+    return device
+
+
+def wait() -> None:
+    """Wait until every rank has come here."""
+    if COUNT > 1:
+        import torch
+        torch.distributed.barrier()
+
+
+def mean(values):
+    """The mean over all ranks of a tensor, which is changed in place and returned."""
+    if COUNT > 1:
+        import torch
+        torch.distributed.all_reduce(values)
+    return values / COUNT
+
+
+def any_rank(flag: bool, device) -> bool:
+    """Whether the flag is up on this rank or on another one."""
+    if COUNT == 1:
+        return flag
+    import torch
+    return bool(mean(torch.tensor(float(flag), device=device)))

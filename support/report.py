@@ -1,0 +1,39 @@
+"""What is printed at the end of a command: the table of metrics, the picture to open, what is next.
+"""
+import math
+import os
+from pathlib import Path
+from statistics import fmean
+
+COLUMNS = {"image_auroc": "image AUROC", "aupro": "AUPRO", "pixel_auroc": "pixel AUROC",
+           "pixel_ap": "pixel AP", "false_alarm_rate": "false alarms",
+           "detection_rate": "detected"}
+
+
+def print_table(rows: list[dict]) -> None:
+    """A row for each category's metrics and, of several, their means, in per cent."""
+    def cell(value) -> str:
+        return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+    print("\n" + f"{'%':<14}" + "".join(f"{title:>13}" for title in COLUMNS.values()))
+    for row in rows:
+        print(f"{row['category']:<14}" + "".join(f"{cell(row.get(k)):>13}" for k in COLUMNS))
+    if len(rows) > 1:
+        defined = [[row[k] for row in rows if cell(row.get(k)) != "-"] for k in COLUMNS]
+        print(f"{'mean of ' + str(len(rows)):<14}"
+              + "".join(f"{cell(fmean(values) if values else None):>13}" for values in defined))
+
+
+def print_next_steps(folders: list[Path], data_root: Path) -> None:
+    """Name the folders of finished runs, the picture to open and the next command.
+
+    data_root: the folder of the first run's category.
+    """
+    first, test = folders[0], data_root / "test"
+    print(f"\nresults are in {', '.join(map(str, folders))}")
+    for name in ("qualitative.png", "preview.png"):
+        if (first / name).exists():
+            print(f"open {first / name}: some images, their restorations and anomaly maps")
+            break
+    photos = os.path.relpath(test) if test.is_relative_to(Path.cwd()) else test
+    print(f"next: python predict.py {first} {photos if test.is_dir() else 'PHOTOS'} --out found/")

@@ -1,0 +1,146 @@
+"""What several test modules share: small data, small models, commands and what they leave behind."""
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import data
+import metrics
+import train
+from support import layouts
+from transfusion import TransFusion
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent                                       # of the repository
+
+# Flags of a training that takes a second.
+TINY = ["--resize", "32", "--crop", "32", "--channels", "8", "--precision", "float32", "--device",
+        "cpu", "--batch", "4", "--preset", "quick", "--infer-steps", "2"]
+# The authors' reading, as arguments of TransFusion.
+AUTHORS = dict(pe="row", authors_schedule=True, anomaly_target="beta_eps", soft_consistency=False)
+
+
+# ---------------------------------------------------------------- files
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name, without its lock."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The files of a folder and of those in it, by path."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def png(path: Path, array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
+
+
+def picture(value=100, size=32) -> np.ndarray:
+    return np.full((size, size, 3), value)
+
+
+# ---------------------------------------------------------------- data
+
+def mvtec_tree(root: Path, masks: bool = True) -> Path:
+    """A category of four good training images, a good one and two defective ones for the test."""
+    for k in range(4):
+        png(root / "train" / "good" / f"{k:03}.png", picture(k))
+    png(root / "test" / "good" / "000.png", picture(10))
+    for k in range(2):
+        png(root / "test" / "cut" / f"{k:03}.png", picture(20))
+        if masks:
+            mask = np.zeros((32, 32))
+            mask[4:8, 4:8] = 1 + k
+            png(root / "ground_truth" / "cut" / f"{k:03}_mask.png", mask)
+    return root
+
+
+def write_parts(folder: Path) -> None:
+    """A small category of the user's own, folder/parts/bolt."""
+    rng = np.random.default_rng(0)
+    root = folder / "parts" / "bolt"
+
+    def normal():
+        return rng.integers(90, 110, (40, 40, 3))
+
+    for k in range(12):
+        png(root / f"train/good/{k}.png", normal())
+    for k in range(2):
+        png(root / f"test/good/{k}.png", normal())
+        image, mask = normal(), np.zeros((40, 40))
+        image[8:16, 8:16], mask[8:16, 8:16] = 220, 255
+        png(root / f"test/dent/{k}.png", image)
+        png(root / f"ground_truth/dent/{k}_mask.png", mask)
+
+
+# ---------------------------------------------------------------- commands
+
+def argv_for(parts: Path, *more: str) -> list[str]:
+    """Arguments of a tiny training of parts/bolt; its folder is parts/../runs/parts/bolt."""
+    return ["--data", str(parts), "--category", "bolt", "--out", str(parts.parent / "runs"), *TINY,
+            "--steps", "3", "--root", str(parts.parent), *more]
+
+
+def refused(capsys, argv: list[str], *expected: str, command=train.main) -> None:
+    """The command says one line that holds all of `expected`, and exits with 2."""
+    try:
+        status = command(argv)
+    except SystemExit as stop:                                       # argparse
+        status = stop.code
+    error = capsys.readouterr().err.split("\r")[-1].strip()
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in error, error
+    for part in expected:
+        assert part in lines[0], lines[0]
+
+
+# ---------------------------------------------------------------- models
+
+def tiny(**kw) -> TransFusion:
+    torch.manual_seed(0)
+    return TransFusion(8, **kw)
+
+
+def authors_state(channels: int = 32) -> dict[str, torch.Tensor]:
+    """The fixture's weights, filled by the rule under which its numbers were computed."""
+    state = {}
+    keys = json.loads((HERE / f"authors_keys_ch{channels}.json").read_text())
+    for k, (name, (shape, kind)) in enumerate(keys.items()):
+        r = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + k))
+        if kind == "int64":
+            state[name] = torch.zeros(shape, dtype=torch.int64)
+        elif name.endswith(("running_var", "inv_freq")):
+            state[name] = torch.ones(shape)
+        elif len(shape) >= 2:
+            state[name] = r * r[0].numel() ** -0.5 * (0.1 if "projection" in name else 0.7)
+        else:
+            state[name] = 1 + 0.1 * r if name.endswith("weight") else 0.1 * r
+    return state
+
+
+def mean_std_model(root: Path, category: str, size: int = 128):
+    """A model without a network: each pixel's deviation from the training images' mean.
+
+    Returns the category and its metrics.
+    """
+    category = layouts.find_category("demo", category, root)
+    normal = data.Images(category.train, size, size)[:].float()
+    test = data.Images([item.path for item in category.test], size, size)[:].float()
+    deviation = ((test - normal.mean(0)).abs() / (normal.std(0) + 1)).mean(1).numpy()
+    maps = ndimage.uniform_filter(deviation, (0, 7, 7))
+    maps = np.repeat(np.repeat(maps, 256 // size, 1), 256 // size, 2)
+    masks = np.stack([data.load_mask(item, 256, 256) for item in category.test])
+    return category, metrics.evaluate(category.labels, maps.max((1, 2)), maps, masks)
