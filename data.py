@@ -1,6 +1,6 @@
 """The data of a run: images and masks as tensors, foregrounds, texture sources, the training split.
 
-support/layouts.py finds the files and support/images.py decodes them; nothing here trains.
+support/layouts.py finds the files, and support/images.py decodes them. Nothing is trained here.
 """
 import dataclasses
 import hashlib
@@ -16,22 +16,24 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+import demo
 from settings import Settings
+from support import ranks
 from support.console import InputError, progress_bar
 from support.files import read_json, save_json
 from support.images import open_image, read_mask, size_of, to_rgb
-from support.layouts import (Category, Item, find_category, find_images, is_texture, list_images,
-                             root_folder)
+from support.layouts import (Category, Item, find_category, find_images, is_texture,
+                             list_categories, list_images, root_folder)
 
-SCORING_GRID = 256                    # side of the grid on which an uncropped image is scored
+SCORING_GRID = 256                    # side in pixels of the grid on which uncropped images are scored
 
 
 # ---------------------------------------------------------------- images and masks
 
 def preprocess(image: Image.Image, resize: int, crop: int) -> np.ndarray:
-    """Section 4.3's preprocessing: resize x resize (the aspect is not kept), then the centre crop.
+    """Preprocessing of section 4.3: resize to a square (without its aspect ratio), then centre crop.
 
-    image: RGB of any size. Returns uint8 [3, crop, crop]; `scale` brings it to [-1, 1].
+    image: RGB of any size. Returns uint8 [3, crop, crop], which `scale` converts to [-1, 1].
     """
     image = image.resize((resize, resize), Image.Resampling.BILINEAR)
     edge = (resize - crop) // 2
@@ -40,23 +42,23 @@ def preprocess(image: Image.Image, resize: int, crop: int) -> np.ndarray:
 
 
 def scale(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 as float32 in [-1, 1] (section 4.3)."""
+    """Convert uint8 images in 0..255 to float32 in [-1, 1] (section 4.3)."""
     return images.float() / 127.5 - 1
 
 
 def load_image(path: Path, resize: int, crop: int) -> np.ndarray:
-    """The image of a file, preprocessed, uint8 [3, crop, crop]. Raises InputError."""
+    """Read and preprocess an image: uint8 [3, crop, crop]. Raises InputError (see `open_image`)."""
     return preprocess(to_rgb(open_image(path)), resize, crop)
 
 
 def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
-    """Ground truth on the scoring grid, bool [crop, crop]: the image at grid x grid, then cropped.
+    """Ground truth on the scoring grid, bool [crop, crop]: resized to grid x grid, then cropped.
 
-    Pixels of the file that are not black are anomalous, in a JPEG or WebP those above half of its
-    largest value; up to a tenth of that, where it exceeds 127, is no label but noise. A pixel of
-    the grid is anomalous where at least half of its area is, and an 8-connected region of which the
-    crop would show nothing for that reason keeps its best pixel there. Normal images: zeros. Raises
-    InputError for a mask that is not of its image's size.
+    Anomalous pixels of the file are those above a tenth of its largest value (above 0, if that
+    value is at most 127), in a JPEG or WebP those above half of it. A pixel of the grid is
+    anomalous if at least half of its area is. An 8-connected region that would disappear from the
+    crop by this rule keeps the pixel that it covers most. Normal images give zeros. Raises
+    InputError if mask and image differ in size.
     """
     if item.mask is None:
         return np.zeros((crop, crop), bool)
@@ -84,8 +86,9 @@ def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
 class Images:
     """uint8 images [3, crop, crop] of a list of files, decoded once and kept in memory.
 
-    Above `limit` bytes they are read from disk at every access instead (`in_memory` says).
-    Indexing with a list gives a batch, uint8 [len, 3, crop, crop]. Raises InputError.
+    If they need more than `limit` bytes (`in_memory` is false), they are read from disk at every
+    access. Indexing with a list or slice gives a batch, uint8 [n, 3, crop, crop]. Raises InputError
+    for a file that cannot be read.
     """
 
     def __init__(self, paths: list[Path], resize: int, crop: int, limit: float = 4e9,
@@ -96,7 +99,7 @@ class Images:
         self.cache = np.empty((len(paths), 3, crop, crop), np.uint8) if self.in_memory else None
         with progress_bar(paths, desc=title, unit="image", leave=False) as bar:
             for k, path in enumerate(bar):
-                image = load_image(path, resize, crop)             # all are looked at before use
+                image = load_image(path, resize, crop)             # checks every file before use
                 if self.in_memory:
                     self.cache[k] = image
 
@@ -115,12 +118,12 @@ class Images:
 # ---------------------------------------------------------------- foreground masks
 
 def find_foreground(image: np.ndarray) -> np.ndarray | None:
-    """The object of one image, uint8 [3, H, W] -> bool [H, W], or None where that is not sure.
+    """Segment the object in an image, uint8 [3, H, W] -> bool [H, W]; None if that is unreliable.
 
-    The background is a quadratic surface fitted to the border's colours, robustly; the object is
-    what deviates from it by more than Otsu's threshold, which shadows hardly do, holes filled,
-    slightly dilated. Not sure: a border that is no smooth background, or an object that covers
-    hardly anything or everything.
+    The background is a quadratic surface, fitted robustly to the colours of the border. The object
+    is the region that deviates from it by more than Otsu's threshold (shadows rarely do), with
+    holes filled and slightly dilated. The result is unreliable if the border is not a smooth
+    background, or if the object covers at most 1 % or at least 95 % of the image.
     """
     _, H, W = image.shape
     smooth = ndimage.gaussian_filter(image.astype(np.float32), (0, H / 256, W / 256))
@@ -161,11 +164,11 @@ def otsu(values: np.ndarray) -> float:
 
 def foreground_masks(images: Images, category: Category,
                      mode: str = "auto") -> tuple[Tensor, str]:
-    """Foreground of every training image, bool [N, 1, H, W], and a line that says what it is.
+    """Foreground of every training image, bool [N, 1, H, W], and a line that describes it.
 
-    mode: "auto" (found in the images), "none" (the whole image), or a folder of masks. MVTec AD's
-    textures have no foreground: the whole image, and so has a category in which more than a tenth
-    of the images are not sure. Raises InputError.
+    mode: "auto" (segmented from the images), "none" (the whole image), or a folder of masks. The
+    whole image is also used for MVTec AD's textures and zipper, and in mode "auto" if more than a
+    tenth of the images cannot be segmented reliably. Raises InputError for a missing mask.
     """
     N, S = len(images), images.crop
     whole = torch.ones(1, 1, S, S, dtype=torch.bool).expand(N, 1, S, S)
@@ -175,21 +178,22 @@ def foreground_masks(images: Images, category: Category,
         return whole, "whole image (a texture)"
     if mode != "auto":
         return foreground_from_folder(images, category, Path(mode))
-    masks, unsure = whole.clone(), 0
+    masks, n_unreliable = whole.clone(), 0
     for k in progress_bar(range(N), desc="foreground", unit="image", leave=False):
-        found = find_foreground(images[[k]][0].numpy())
-        unsure += found is None
-        if found is not None:
-            masks[k, 0] = torch.from_numpy(found)
-    if unsure > 0.1 * N:
-        return whole, f"whole image (no sure object in {unsure} of {N} images)"
+        mask = find_foreground(images[[k]][0].numpy())
+        n_unreliable += mask is None
+        if mask is not None:
+            masks[k, 0] = torch.from_numpy(mask)
+    if n_unreliable > 0.1 * N:
+        return whole, f"whole image (no sure object in {n_unreliable} of {N} images)"
     return masks, f"objects found, {masks.float().mean():.0%} of the image"
 
 
 def foreground_from_folder(images: Images, category: Category, folder: Path) -> tuple[Tensor, str]:
-    """The masks of folder/CATEGORY, or where that is not there of folder, by the images' names.
+    """Read the masks in folder/CATEGORY, or in folder if that does not exist, by the images' names.
 
-    As in the authors' code: thresholded at half of their range, dilated by a 5 x 5 square.
+    As in the authors' code, they are thresholded at half of their range and dilated by a 5 x 5
+    square. Raises InputError for missing or ambiguous masks.
     """
     if not folder.is_dir():
         raise InputError(f"--foreground {folder}: no such folder; auto, none or a folder of masks")
@@ -200,35 +204,35 @@ def foreground_from_folder(images: Images, category: Category, folder: Path) -> 
         other = files.setdefault(path.stem.removesuffix("_mask"), path)
         if other != path:
             raise InputError(f"{path}: a second foreground mask beside {other.name}; keep one")
-    twice = [p for p, count in Counter(p.stem for p in category.train).items() if count > 1]
-    if twice:
-        raise InputError(f"--foreground {folder}: {len(twice)} names of training images stand for "
-                         f"several, as {twice[0]}, so their masks are not known; rename them")
-    gone = [p for p in category.train if p.stem not in files]
-    if gone:
-        raise InputError(f"{folder}: no foreground mask named like {gone[0].name} "
-                         f"(nor for {len(gone) - 1} more images)")
-    loaded = [load_image(files[p.stem], images.resize, images.crop).max(0) for p in category.train]
-    masks = ndimage.binary_dilation(np.stack(loaded)[:, None] > 127, np.ones((1, 1, 5, 5)))
+    ambiguous = [p for p, count in Counter(p.stem for p in category.train).items() if count > 1]
+    if ambiguous:
+        raise InputError(f"--foreground {folder}: {len(ambiguous)} names of training images stand for "
+                         f"several, as {ambiguous[0]}, so their masks are not known; rename them")
+    missing = [p for p in category.train if p.stem not in files]
+    if missing:
+        raise InputError(f"{folder}: no foreground mask named like {missing[0].name} "
+                         f"(nor for {len(missing) - 1} more images)")
+    grey_masks = [load_image(files[p.stem], images.resize, images.crop).max(0) for p in category.train]
+    masks = ndimage.binary_dilation(np.stack(grey_masks)[:, None] > 127, np.ones((1, 1, 5, 5)))
     return torch.from_numpy(masks), f"masks of {folder}, {masks.mean():.0%} of the image"
 
 
 # ---------------------------------------------------------------- texture sources
 
 class Textures:
-    """Source images of textural anomalies: DTD where it lies under the root, else embedded ones.
+    """Source images of textural anomalies: DTD if it is under the root, otherwise embedded images.
 
-    `source` says which. Files are decoded when first drawn and kept up to `limit` bytes.
+    `source` describes them. Files are decoded when first drawn and cached up to `limit` bytes.
     """
 
     def __init__(self, root: Path, size: int, limit: float = 1e9):
         self.size, self.limit = size, limit
-        found = [folder for folder in (root / "dtd" / "images", root / "dtd-r1.0.1" / "images")
-                 if folder.is_dir()]
-        self.paths = [p for p in find_images(found[0]) if p.suffix == ".jpg"] if found else []
+        folders = [folder for folder in (root / "dtd" / "images", root / "dtd-r1.0.1" / "images")
+                   if folder.is_dir()]
+        self.paths = [p for p in find_images(folders[0]) if p.suffix == ".jpg"] if folders else []
         self.cache: dict[int, Tensor] = {}
         if self.paths:
-            self.source = f"{len(self.paths)} images of DTD ({found[0]})"
+            self.source = f"{len(self.paths)} images of DTD ({folders[0]})"
             self.count = len(self.paths)
         else:
             self.cache = dict(enumerate(embedded_textures(size)))
@@ -250,8 +254,8 @@ class Textures:
 
 
 def embedded_textures(size: int) -> list[Tensor]:
-    """Drawn textures (cloud, stripe, check, dot and wood patterns in random colours) and crops of
-    scikit-learn's two photographs, uint8 [3, size, size] each."""
+    """Procedural textures (clouds, stripes, checks, dots, wood and noise in random colours) and
+    crops of scikit-learn's two photographs, uint8 [3, size, size] each."""
     from sklearn.datasets import load_sample_images
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:1:size * 1j, 0:1:size * 1j]
@@ -288,11 +292,11 @@ def embedded_textures(size: int) -> list[Tensor]:
 
 @dataclass
 class RunData:
-    """What a run reads: normal images with their foreground, textures, and the test set.
+    """The data of a run: normal images with their foreground, textures, and the test set.
 
-    images: normal images, of which `train_indices` are trained on and `held_out` are not.
-    foreground: bool [N, 1, H, W], one for each of `images`. masks: the test set's ground truth on
-    the scoring grid, bool [N, side, side], None without one. notes: lines for the user.
+    images: N normal images; `train_indices` are trained on, `held_out` are not. foreground: bool
+    [N, 1, H, W]. masks: ground truth of the test set on the scoring grid, bool [len(test), side,
+    side], or None if the data has none. notes: lines of text for the user.
     """
     category: Category
     images: Images
@@ -305,15 +309,15 @@ class RunData:
     notes: list[str]
 
     def steps_per_epoch(self, batch: int) -> int:
-        """Steps in an epoch, whose last batch is what is left."""
+        """Steps in an epoch; its last batch holds the remaining images."""
         return math.ceil(len(self.train_indices) / batch)
 
 
 def load_run_data(s: Settings, training: bool = True, folder: Path | None = None) -> RunData:
-    """Read and check everything a run needs, before anything is trained. Raises InputError.
+    """Read and check all data of a run before the training starts. Raises InputError.
 
-    folder: an existing run folder; its split into training and held-out images is reused, and for
-    training the number of its textures has to be the same.
+    folder: an existing run folder; its split into training and held-out images is reused. If
+    `training`, the number of textures must also be the one in its record.
     """
     root = root_folder(s.root)
     category, record, notes = find_category(s.data, s.category, root), {}, []
@@ -330,11 +334,11 @@ def load_run_data(s: Settings, training: bool = True, folder: Path | None = None
         notes += describe_ground_truth(category.test, masks)
     train_indices, held_out = split_images(s, category, record)
     try:
-        foreground, about_foreground = foreground_masks(images, category, s.foreground)
+        foreground, foreground_note = foreground_masks(images, category, s.foreground)
     except InputError:
         if training:
-            raise                                          # else the folder of masks may be gone
-        foreground, about_foreground = foreground_masks(images, category)
+            raise                                 # scoring does not need the folder of masks
+        foreground, foreground_note = foreground_masks(images, category)
     textures = Textures(root, s.crop)
     if training and record.get("textures", textures.count) != textures.count:
         raise InputError(f"this run was begun with {record['textures']} textures, now there are "
@@ -343,29 +347,29 @@ def load_run_data(s: Settings, training: bool = True, folder: Path | None = None
     where = "in memory" if images.in_memory and test.in_memory else "partly read from disk"
     notes = [f"{len(train_indices)} normal images to train on, {len(held_out)} held out, "
              f"{len(test)} to test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {where})",
-             f"foreground: {about_foreground}", f"textures: {textures.source}",
+             f"foreground: {foreground_note}", f"textures: {textures.source}",
              *(f"note: {note}" for note in category.notes), *notes]
     return RunData(category, images, train_indices, held_out, foreground, textures, test, masks,
                    notes)
 
 
 def split_images(s: Settings, category: Category, record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images trained on and of those held out: a run's record, or drawn anew."""
+    """Indices of training and held-out images, from a run's record or drawn with the seed."""
     if record:
-        index = {name_in(category, path): k for k, path in enumerate(category.train)}
-        return (np.array([index[name] for name in record["train"] if name in index], int),
-                np.array([index[name] for name in record["held_out"]], int))
+        index_of = {name_in(category, path): k for k, path in enumerate(category.train)}
+        return (np.array([index_of[name] for name in record["train"] if name in index_of], int),
+                np.array([index_of[name] for name in record["held_out"]], int))
     count = len(category.train)
     order = np.random.default_rng(s.seed).permutation(count)
-    held = min(max(round(s.hold_out * count), 1), count - 1) if s.hold_out else 0
-    return order[held:], order[:held]
+    n_held_out = min(max(round(s.hold_out * count), 1), count - 1) if s.hold_out else 0
+    return order[n_held_out:], order[:n_held_out]
 
 
 def select_recorded_images(category: Category, record: dict,
                            training: bool) -> tuple[Category, list[str]]:
-    """The category with only the training images of a run's record, and a note on newer ones.
+    """The category with only the normal images of a run's record, and a note on images added since.
 
-    Raises InputError where one is gone: a held-out one, or for training any.
+    Raises InputError if a held-out image is missing or, when training, any image of the record.
     """
     paths = {name_in(category, path): path for path in category.train}
     needed = (record["train"] if training else []) + record["held_out"]
@@ -382,42 +386,67 @@ def select_recorded_images(category: Category, record: dict,
 
 
 def describe_ground_truth(items: list[Item], masks: np.ndarray) -> list[str]:
-    """What the scoring grid and the centre crop leave of the ground truth, in a line.
+    """A line on how many ground-truth regions remain after the scoring grid and the centre crop.
 
-    A second line names the masks that are empty from the start.
+    A second line lists the mask files that are empty.
     """
-    count, outside, regions, empty = 0, 0, np.zeros(2, int), []
+    n_masks, outside, regions, empty_files = 0, 0, np.zeros(2, int), []
     for item, mask in zip(items, masks):
         if item.mask:
-            whole = read_mask(item.mask)
-            count += 1
-            regions += [ndimage.label(part, np.ones((3, 3)))[1] for part in (whole, mask)]
-            outside += bool(whole.any()) and not mask.any()
-            if not whole.any():
-                empty.append(item.mask)
-    notes = [f"ground truth: {regions[0]} regions in {count} masks, {regions[1]} where they are "
+            full_mask = read_mask(item.mask)
+            n_masks += 1
+            regions += [ndimage.label(part, np.ones((3, 3)))[1] for part in (full_mask, mask)]
+            outside += bool(full_mask.any()) and not mask.any()
+            if not full_mask.any():
+                empty_files.append(item.mask)
+    notes = [f"ground truth: {regions[0]} regions in {n_masks} masks, {regions[1]} where they are "
              f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
-    if empty:
-        notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
-                     f"scored: {', '.join(map(str, empty[:9]))}")
+    if empty_files:
+        notes.append(f"warning: {len(empty_files)} masks of defects are empty_files, so these defects are not "
+                     f"scored: {', '.join(map(str, empty_files[:9]))}")
     return notes
 
 
 def scoring_side(s: Settings) -> int:
-    """Side of the scoring grid, less what the crop takes away."""
+    """Side of the scoring grid in pixels after the centre crop."""
     return round(SCORING_GRID * s.crop / s.resize)
+
+
+def find_categories(s: Settings) -> tuple[Settings, list[str]]:
+    """The settings, with `root` set for the demo, and the names of the requested categories.
+
+    The demo's categories are drawn first. Raises InputError if there are no categories or none is
+    requested, or if --foreground names a folder in which a category has no subfolder.
+    """
+    if s.data == "demo":
+        s = dataclasses.replace(s, root=s.root or "data")
+        if not ranks.RANK:
+            demo.write(Path(s.root) / "demo", s.category)
+    ranks.wait()
+    names = list_categories(s.data, root_folder(s.root))
+    if not s.category:
+        raise InputError(f"--category: one of {', '.join(names)}, or all")
+    if s.category != "all":
+        return s, [s.category]
+    if s.foreground not in ("auto", "none"):
+        without_masks = [name for name in names if not is_texture(s.data, name)
+                   and not (Path(s.foreground) / name).is_dir()]
+        if without_masks:
+            raise InputError(f"--foreground {s.foreground}: no folder {without_masks[0]} in it (nor for "
+                             f"{len(without_masks) - 1} more); each category needs one of its own there")
+    return s, names
 
 
 # ---------------------------------------------------------------- the record of a run's data
 
 def name_in(category: Category, path: Path) -> str:
-    """An image's path within its category."""
+    """An image's path relative to the folder of its category."""
     return path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else \
         os.path.relpath(path, category.root)
 
 
 def fingerprint(category: Category) -> str:
-    """A hash of the names and sizes of a category's images."""
+    """SHA-1 of the names and file sizes of a category's images."""
     digest = hashlib.sha1()
     for path in [*category.train, *(item.path for item in category.test)]:
         digest.update(os.fsencode(name_in(category, path)) + b" %d\n" % path.stat().st_size)
@@ -425,7 +454,7 @@ def fingerprint(category: Category) -> str:
 
 
 def save_data_record(folder: Path, run_data: RunData) -> None:
-    """Write data.json: which data a run is of, its split, and the number of its textures."""
+    """Write data.json: the data set of a run, its split, and its number of textures."""
     category, paths = run_data.category, run_data.images.paths
     save_json(folder / "data.json", {
         "root": str(category.root.resolve()), "files": fingerprint(category),
@@ -435,9 +464,9 @@ def save_data_record(folder: Path, run_data: RunData) -> None:
 
 
 def refuse_other_data(folder: Path, category: Category) -> dict:
-    """The content of a run's data.json.
+    """Read a run's data.json.
 
-    Raises InputError where the run is of another folder that does not hold the same files.
+    Raises InputError if the run used another folder with other files.
     """
     record = read_json(folder / "data.json")
     if record["root"] != str(category.root.resolve()) and record["files"] != fingerprint(category):

@@ -1,8 +1,8 @@
 """The embedded demo data: three products drawn by code, in MVTec AD's layout.
 
 fabric is a texture, gear a rigid object, blister a pack of several parts. Pose, light, colour and
-sensor noise vary from image to image. Everything follows from fixed seeds; no photograph is used,
-and the defects share no code with perlin.py's synthetic anomalies.
+sensor noise vary from image to image. Fixed seeds determine every image. No photograph is used, and
+the defects share no code with perlin.py's synthetic anomalies.
 """
 import os
 import tempfile
@@ -27,12 +27,12 @@ DEFECTS = {"fabric": ("cut", "hole", "pulled_thread", "stain"),
 # ---------------------------------------------------------------- drawing tools
 
 def cover(distance: np.ndarray, softness: float = 1.0) -> np.ndarray:
-    """Coverage in [0, 1] of a shape from its signed distance in pixels, negative inside."""
+    """Pixel coverage in [0, 1] of a shape, from its signed distance in pixels (negative inside)."""
     return np.clip(0.5 - distance / softness, 0, 1)
 
 
 def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
-    """A random field of unit variance that is smooth over `sigma` pixels."""
+    """A random field [256, 256] of unit variance, smoothed by a Gaussian of `sigma` pixels."""
     noise = ndimage.gaussian_filter(rng.normal(size=(SIZE, SIZE)), sigma, mode="wrap")
     return noise / noise.std()
 
@@ -43,7 +43,7 @@ def polar(cy: float, cx: float, y: np.ndarray = Y,
 
 
 def blob(rng: np.random.Generator, cy: float, cx: float, radius: float) -> np.ndarray:
-    """Signed distance, roughly, of a blob with an irregular outline."""
+    """Approximate signed distance in pixels, [256, 256], of a blob with an irregular outline."""
     r, angle = polar(cy, cx)
     outline = sum(rng.normal() * 0.25 / k * np.cos(k * angle + rng.uniform(0, 6.3))
                   for k in range(2, 7))
@@ -52,7 +52,7 @@ def blob(rng: np.random.Generator, cy: float, cx: float, radius: float) -> np.nd
 
 def curve(rng: np.random.Generator, cy: float, cx: float, length: float, angle: float,
           bend: float) -> np.ndarray:
-    """Distance in pixels to a bent stroke of this length around (cy, cx)."""
+    """Distance in pixels, [256, 256], to a bent stroke of `length` pixels around (cy, cx)."""
     u = np.linspace(-0.5, 0.5, 48)
     along, across = length * u, bend * length * (u ** 2 - 0.1) * rng.choice([-1, 1])
     py = cy + along * np.sin(angle) + across * np.cos(angle)
@@ -65,7 +65,7 @@ def paint(image: np.ndarray, colour, alpha: np.ndarray) -> np.ndarray:
 
 
 def photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Uneven light, a little blur and sensor noise: float RGB in 0..255 to uint8."""
+    """Add uneven light, slight blur and sensor noise; float RGB in 0..255 to uint8."""
     slope = rng.normal(0, 0.04, 2)
     light = rng.normal(1, 0.03) + slope[0] * (Y / SIZE - 0.5) + slope[1] * (X / SIZE - 0.5)
     image = image * light[..., None] * rng.normal(1, 0.006, 3)
@@ -75,7 +75,7 @@ def photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- products
-# healed: every random number is drawn as for the defect, which is then left out.
+# healed: draw the same random numbers as for the defect, but leave the defect out.
 
 def fabric(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     """Plain-woven cloth seen from above."""
@@ -86,22 +86,23 @@ def fabric(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     lift = np.zeros((SIZE, SIZE))
     alpha = np.zeros((SIZE, SIZE))
     cy, cx = rng.uniform(40, SIZE - 40, 2)
-    if defect == "pulled_thread":                     # one warp thread lies loose on the others
+    if defect == "pulled_thread":                     # one warp thread lies loose on the cloth
         alpha = cover(curve(rng, cy, cx, rng.uniform(70, 150), np.pi / 2 + angle,
                             rng.uniform(0, 0.06)) - rng.uniform(2.2, 3.2))
         lift = ndimage.gaussian_filter(alpha, 4)
         u = u if healed else u + 0.5 * lift
     warp = np.abs(np.sin(np.pi * u)) ** 0.6
     weft = np.abs(np.sin(np.pi * v)) ** 0.6
-    over = (np.floor(u) + np.floor(v)) % 2 == 0                      # which thread lies on top
+    warp_on_top = (np.floor(u) + np.floor(v)) % 2 == 0
     crown_u = 0.75 + 0.25 * np.abs(np.sin(np.pi * v))
     crown_v = 0.75 + 0.25 * np.abs(np.sin(np.pi * u))
     fibres = 1 + 0.05 * ndimage.gaussian_filter(rng.normal(size=(SIZE, SIZE)), (2, 0.5)) \
         + 0.05 * ndimage.gaussian_filter(rng.normal(size=(SIZE, SIZE)), (0.5, 2))
     warp_colour = np.array([92, 112, 150]) + rng.normal(0, 3, 3)
     weft_colour = np.array([128, 145, 176]) + rng.normal(0, 3, 3)
-    shade = np.where(over, warp * crown_u, weft * crown_v) * fibres
-    image = np.where(over[..., None], warp_colour, weft_colour) * (0.35 + 0.65 * shade)[..., None]
+    shade = np.where(warp_on_top, warp * crown_u, weft * crown_v) * fibres
+    image = np.where(warp_on_top[..., None], warp_colour, weft_colour) \
+        * (0.35 + 0.65 * shade)[..., None]
     image *= (1 + 0.03 * smooth_noise(rng, 30))[..., None]
     normal = image.copy()
 
@@ -130,31 +131,31 @@ def fabric(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
 def gear(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     """A machined steel gear on a light bench."""
     cy, cx = SIZE / 2 + rng.normal(0, 4, 2)
-    turn, teeth = rng.uniform(0, 2 * np.pi), 20
+    rotation, teeth = rng.uniform(0, 2 * np.pi), 20
     r, angle = polar(cy, cx)
-    angle = angle - turn
+    angle = angle - rotation
     wave = np.cos(teeth * angle)
     height = 8.0 * np.clip(2.2 * wave, -1, 1)
-    broken = np.zeros((SIZE, SIZE))
+    fracture = np.zeros((SIZE, SIZE))
     outline = r - (88 + height)
     mask = np.zeros((SIZE, SIZE))
     if defect == "broken_tooth":
-        which = rng.integers(0, teeth) * 2 * np.pi / teeth
-        near = np.abs(np.angle(np.exp(1j * (angle - which)))) < np.pi / teeth
-        broken = r - (rng.uniform(78, 90) + 1.5 * smooth_noise(rng, 3))
-        mask = cover(outline) * np.where(near, 1 - cover(broken), 0)
-        outline = np.where(near & (not healed), np.maximum(outline, broken), outline)
+        tooth_angle = rng.integers(0, teeth) * 2 * np.pi / teeth
+        at_tooth = np.abs(np.angle(np.exp(1j * (angle - tooth_angle)))) < np.pi / teeth
+        fracture = r - (rng.uniform(78, 90) + 1.5 * smooth_noise(rng, 3))
+        mask = cover(outline) * np.where(at_tooth, 1 - cover(fracture), 0)
+        outline = np.where(at_tooth & (not healed), np.maximum(outline, fracture), outline)
     distance = np.maximum(outline, 22 - r)                          # the bore
     keyway = np.maximum(np.abs(r * np.sin(angle)) - 5, np.maximum(r * np.cos(angle) - 29,
                                                                   -r * np.cos(angle)))
     distance = np.maximum(distance, -keyway)
-    filled = rng.integers(0, 6) if defect == "missing_hole" else -1
+    filled_hole = rng.integers(0, 6) if defect == "missing_hole" else -1
     for k in range(6):
-        a = turn + (k + 0.5) * np.pi / 3
+        a = rotation + (k + 0.5) * np.pi / 3
         hole = np.hypot(Y - cy - 53 * np.sin(a), X - cx - 53 * np.cos(a)) - 11
-        if k == filled:
+        if k == filled_hole:
             mask = cover(hole)
-        if k != filled or healed:
+        if k != filled_hole or healed:
             distance = np.maximum(distance, -hole)
 
     bench = np.array([196, 192, 184]) + rng.normal(0, 1.5, 3)
@@ -162,8 +163,8 @@ def gear(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     shadow = ndimage.shift(cover(distance), (5, 6), order=1, mode="nearest")
     image *= (1 - 0.45 * ndimage.gaussian_filter(shadow, 5))[..., None]
 
-    beam = rng.normal(0.6, 0.15)                                    # highlight of turned metal
-    sheen = np.cos(2 * (angle + turn - beam)) ** 2 * 0.22
+    highlight_angle = rng.normal(0.6, 0.15)                         # on lathe-turned metal
+    sheen = np.cos(2 * (angle + rotation - highlight_angle)) ** 2 * 0.22
     rings = 0.03 * np.interp(r, np.arange(0, 260, 0.5), rng.normal(size=520))
     edge = np.clip(1 + distance / 5, 0, 1)                          # bevel towards the edges
     metal = 118 * (0.9 + sheen + rings) + 12 * smooth_noise(rng, 50) * 0.3
@@ -175,8 +176,8 @@ def gear(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn:
     normal = image.copy()
 
     if defect in ("rust", "scratch"):
-        a, where = rng.uniform(0, 2 * np.pi), rng.uniform(40, 72)
-        py, px = cy + where * np.sin(a), cx + where * np.cos(a)
+        a, offset = rng.uniform(0, 2 * np.pi), rng.uniform(40, 72)
+        py, px = cy + offset * np.sin(a), cx + offset * np.cos(a)
         if defect == "rust":
             radius = rng.uniform(8, 18)
             mask = cover(blob(rng, py, px, radius), 0.4 * radius)
@@ -199,7 +200,7 @@ def blister(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn
     tilt = rng.normal(0, 0.025)
     oy, ox = SIZE / 2 + rng.normal(0, 3, 2)
 
-    def place(row: int, column: int) -> tuple[float, float]:
+    def pocket_centre(row: int, column: int) -> tuple[float, float]:
         y, x = (row - 1.5) * 56, (column - 0.5) * 84
         return oy + y * np.cos(tilt) + x * np.sin(tilt), ox + x * np.cos(tilt) - y * np.sin(tilt)
 
@@ -217,53 +218,53 @@ def blister(rng: np.random.Generator, defect: str | None, healed: bool) -> Drawn
         + (cover(card) * foil)[..., None] * np.array([0.98, 1.0, 1.02])
 
     mask = np.zeros((SIZE, SIZE))
-    chosen = rng.integers(0, 8)
-    tablet = np.array([226, 214, 190]) + rng.normal(0, 2.5, 3)
-    light = rng.normal(-2.2, 0.15)                                  # direction of the light
+    defective_pocket = rng.integers(0, 8)
+    tablet_colour = np.array([226, 214, 190]) + rng.normal(0, 2.5, 3)
+    light_angle = rng.normal(-2.2, 0.15)
     for k in range(8):
-        py, px = place(k // 2, k % 2)
-        near = tuple(slice(max(int(c) - 36, 0), int(c) + 37) for c in (py, px))
-        pack, y, x = image[near], Y[near], X[near]                  # nothing reaches farther
+        py, px = pocket_centre(k // 2, k % 2)
+        window = tuple(slice(max(int(c) - 36, 0), int(c) + 37) for c in (py, px))
+        patch, y, x = image[window], Y[window], X[window]            # holds the whole pocket
         r, angle = polar(py, px, y, x)
-        rim = np.cos(angle - light)
-        pack *= (1 + 0.22 * rim * cover(np.abs(r - 24) - 2.0, 2))[..., None]         # pocket's edge
-        pack *= (1 - 0.10 * cover(r - 22, 2))[..., None]
-        py, px = py + rng.normal(0, 1.3), px + rng.normal(0, 1.3)   # the tablet lies loose in it
+        rim = np.cos(angle - light_angle)
+        patch *= (1 + 0.22 * rim * cover(np.abs(r - 24) - 2.0, 2))[..., None]        # pocket's edge
+        patch *= (1 - 0.10 * cover(r - 22, 2))[..., None]
+        py, px = py + rng.normal(0, 1.3), px + rng.normal(0, 1.3)   # loose in its pocket
         r, angle = polar(py, px, y, x)
-        distance, colour = r - 17.5, tablet + rng.normal(0, 1.5, 3)
+        distance, colour = r - 17.5, tablet_colour + rng.normal(0, 1.5, 3)
         score_line = rng.uniform(0, np.pi)
-        if k == chosen and defect == "missing":
-            mask[near] = cover(distance)
+        if k == defective_pocket and defect == "missing":
+            mask[window] = cover(distance)
             if not healed:
-                pack *= (1 + 0.05 * rim * cover(np.abs(r - 14) - 3, 3))[..., None]
+                patch *= (1 + 0.05 * rim * cover(np.abs(r - 14) - 3, 3))[..., None]
                 continue
-        if k == chosen and defect == "broken":
-            side = rng.uniform(0, 2 * np.pi)
-            chord = (x - px) * np.cos(side) + (y - py) * np.sin(side)
-            crack = chord - rng.uniform(-4, 9) - 1.2 * smooth_noise(rng, 2.5)[near]
-            mask[near] = cover(distance) * cover(-crack)
+        if k == defective_pocket and defect == "broken":
+            break_angle = rng.uniform(0, 2 * np.pi)
+            chord = (x - px) * np.cos(break_angle) + (y - py) * np.sin(break_angle)
+            crack = chord - rng.uniform(-4, 9) - 1.2 * smooth_noise(rng, 2.5)[window]
+            mask[window] = cover(distance) * cover(-crack)
             distance = distance if healed else np.maximum(distance, crack)
-        if k == chosen and defect == "wrong_pill":
-            mask[near] = cover(distance)
+        if k == defective_pocket and defect == "wrong_pill":
+            mask[window] = cover(distance)
             if rng.random() < 0.5:
                 tint = rng.choice([[0.93, 0.80, 0.74], [0.82, 0.92, 0.86], [0.84, 0.86, 1.0]])
                 colour = colour if healed else colour * tint
             else:                                                   # a smaller tablet
                 smaller = r - rng.uniform(12.5, 14.5)
-                mask[near] *= 1 - cover(smaller)
+                mask[window] *= 1 - cover(smaller)
                 distance = distance if healed else smaller
         body = cover(distance)
-        pack *= (1 - 0.35 * ndimage.gaussian_filter(
+        patch *= (1 - 0.35 * ndimage.gaussian_filter(
             ndimage.shift(body, (2, 2), order=1) * (1 - body), 1.5))[..., None]
-        dome = 1 + 0.10 * np.cos(angle - light) * np.clip(r / 17.5, 0, 1) ** 3 \
+        dome = 1 + 0.10 * np.cos(angle - light_angle) * np.clip(r / 17.5, 0, 1) ** 3 \
             - 0.06 * np.clip(r / 17.5, 0, 1) ** 6
         groove = np.abs((x - px) * np.sin(score_line) - (y - py) * np.cos(score_line)) - 0.8
-        empty = k == chosen and defect == "missing"                 # whose pocket drew no grain
-        grain = smooth_noise(np.random.default_rng(0) if empty else rng, 0.8)[near]
+        empty = k == defective_pocket and defect == "missing"       # then the defect draws no grain
+        grain = smooth_noise(np.random.default_rng(0) if empty else rng, 0.8)[window]
         dome = dome * (1 - 0.14 * cover(groove, 1.5)) + 0.01 * grain
-        pack += body[..., None] * (colour * dome[..., None] - pack)
-        gloss = np.hypot(y - py - 9 * np.sin(light), x - px - 9 * np.cos(light))
-        pack += (24 * np.exp(-(gloss / 3.5) ** 2))[..., None]       # the plastic over it
+        patch += body[..., None] * (colour * dome[..., None] - patch)
+        gloss = np.hypot(y - py - 9 * np.sin(light_angle), x - px - 9 * np.cos(light_angle))
+        patch += (24 * np.exp(-(gloss / 3.5) ** 2))[..., None]       # gloss of the plastic
 
     if defect == "scratch":
         stroke = curve(rng, oy + rng.uniform(-85, 85), ox + rng.uniform(-65, 65),
@@ -281,11 +282,11 @@ PRODUCTS = {"fabric": fabric, "gear": gear, "blister": blister}
 # ---------------------------------------------------------------- the data set
 
 def draw(category: str, defect: str | None, number: int, healed: bool = False) -> Drawn:
-    """Image number `number` of a kind: uint8 [256, 256, 3] and its exact mask, bool [256, 256].
+    """An image, uint8 [256, 256, 3], and the exact mask of its defect, bool [256, 256].
 
-    defect: one of DEFECTS[category], or None for a good product. The same call gives the same
-    pixels; a defect of another draw is taken where this one's mask is nearly empty. healed: the
-    same photo without its defect (the n of Eq. 1), beside the mask of that defect.
+    defect: one of DEFECTS[category], or None for a good product; number: index of the image. The
+    same arguments give the same pixels. A defect of fewer than 25 pixels is drawn again. healed:
+    return the image without its defect (the N of Eq. 1), with the mask of that defect.
     """
     kind = 0 if defect is None else 1 + DEFECTS[category].index(defect)
     for attempt in range(20):
@@ -297,11 +298,10 @@ def draw(category: str, defect: str | None, number: int, healed: bool = False) -
 
 
 def write(folder: Path, category: str = "all") -> None:
-    """Draw a category into `folder` if it is not there; for any other name, all three.
+    """Draw a category into `folder` unless it exists; for any other name, draw all three.
 
-    Each is there whole or not at all. Processes that do so at once do not disturb each other: the
-    first to finish one wins.
-    Raises InputError where the folder cannot be written.
+    A category is written completely or not at all. Several processes may draw at the same time: the
+    first one to finish a category wins. Raises InputError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -317,23 +317,23 @@ def write_category(folder: Path, category: str) -> None:
     jobs = [("train/good", None, k) for k in range(TRAIN)]
     jobs += [("test/good", None, TRAIN + k) for k in range(TEST_GOOD)]
     jobs += [(f"test/{d}", d, k) for d in DEFECTS[category] for k in range(PER_DEFECT)]
-    with tempfile.TemporaryDirectory(prefix=f"{category}.", suffix=".part", dir=folder) as part, \
+    with tempfile.TemporaryDirectory(prefix=f"{category}.", suffix=".part", dir=folder) as temp, \
             ThreadPoolExecutor(os.cpu_count()) as pool:
-        drawn = Path(part) / category
+        new_folder = Path(temp) / category
         pictures = [pool.submit(draw, category, defect, number) for _, defect, number in jobs]
         try:
             bar = progress_bar(jobs, desc=f"drawing {category}", unit="image", leave=False)
-            for (place, defect, number), picture in zip(bar, pictures):
+            for (subfolder, defect, number), picture in zip(bar, pictures):
                 image, mask = picture.result()
-                save(drawn / place / f"{number:03}.png", image)
+                save(new_folder / subfolder / f"{number:03}.png", image)
                 if defect:
-                    save(drawn / "ground_truth" / defect / f"{number:03}_mask.png",
+                    save(new_folder / "ground_truth" / defect / f"{number:03}_mask.png",
                          mask.astype(np.uint8) * 255)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         try:
-            os.replace(drawn, folder / category)
+            os.replace(new_folder, folder / category)
         except OSError:
             if not (folder / category).is_dir():
                 raise

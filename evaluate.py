@@ -7,7 +7,6 @@ Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies 
 import argparse
 import dataclasses
 import math
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
-from data import Images, RunData, Textures, load_run_data, name_in, scale, scoring_side
+from data import (Images, RunData, Textures, load_run_data, name_in, save_data_record, scale,
+                  scoring_side)
 from metrics import CalibrationScores, threshold
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import Run, load_model, result_path, saved_settings
@@ -31,7 +31,7 @@ from support.devices import hardware, pick_device
 from support.files import float_array, locked_folder, save_atomically, save_csv, save_json
 from support.flags import add_flags
 from support.pictures import draw_rows, pick_rows
-from support.report import print_table
+from support.report import print_table, print_threshold_check
 from transfusion import Method, Restoration, anomaly_score, final_mask, forward_process
 
 
@@ -46,7 +46,7 @@ def network_calls(model: Method, s: Settings) -> int:
 
 
 def restore_all(model: Method, images: Images, indices, s: Settings):
-    """Restore images[indices] batch by batch: yields each batch's place and its Restoration."""
+    """Restore images[indices] batch by batch: yields each batch's slice and its Restoration."""
     device = next(model.parameters()).device
     model.eval()
     with progress_bar(total=len(indices), desc="restoring", unit="image", leave=False) as bar:
@@ -57,14 +57,13 @@ def restore_all(model: Method, images: Images, indices, s: Settings):
             bar.update(len(chosen))
 
 
-def raw_maps(model: Method, images: Images, indices,
-             s: Settings) -> dict[str, np.ndarray]:
+def raw_maps(model: Method, images: Images, indices, s: Settings) -> dict[str, np.ndarray]:
     """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
     maps = {name: float_array((len(indices), s.crop, s.crop), s.memory_gb)
             for name in ("M_disc", "M_recon", "M_last")}
-    for place, restored in restore_all(model, images, indices, s):
+    for batch, restored in restore_all(model, images, indices, s):
         for name in maps:
-            maps[name][place] = getattr(restored, name)[:, 0].cpu().numpy()
+            maps[name][batch] = getattr(restored, name)[:, 0].cpu().numpy()
     return maps
 
 
@@ -78,13 +77,13 @@ def final_maps(maps: dict[str, np.ndarray], s: Settings, side: int = 0) -> np.nd
     N, H, W = maps[mask].shape
     final = float_array((N, side or H, side or W), s.memory_gb)
     for start in range(0, N, 64):
-        place = slice(start, start + 64)
-        M_disc, M_recon = (torch.tensor(maps[name][place])[:, None]
+        batch = slice(start, start + 64)
+        M_disc, M_recon = (torch.tensor(maps[name][batch])[:, None]
                            for name in (mask, "M_recon"))
         M_final = final_mask(M_disc, M_recon, lam, s.kernel)
         if side:
             M_final = F.interpolate(M_final, (side, side), mode="bilinear")
-        final[place] = M_final[:, 0].numpy()
+        final[batch] = M_final[:, 0].numpy()
     return final
 
 
@@ -213,11 +212,7 @@ def finish(run: Run) -> dict:
         print(f"  no defective parts to test on; {path} shows synthetic defects on held-out images "
               f"instead, a preview and no result")
     elif scores and not math.isnan(results["image_f1max"]):
-        print(f"  at that threshold the test set's F1 is {100 * results['image_f1']:.1f} %; the "
-              f"best threshold for this very test set would give "
-              f"{100 * results['image_f1max']:.1f} %")
-        print(f"  the test set's defective images against the held-out normal ones: an AUROC of "
-              f"{100 * results['image_auroc_held_out']:.1f} %")
+        print_threshold_check(results)
     return results
 
 
@@ -231,7 +226,8 @@ def write_results(run: Run, path: Path | None = None) -> dict:
     print(f"  scoring {len(items)} test images", flush=True)
     results, scores, maps = score(model, s, run_data)
     calibration = CalibrationScores(**run.calibration) if run.calibration else None
-    results.update(metrics.threshold_metrics(calibration, s.false_alarms, run_data.category.labels, scores))
+    labels = run_data.category.labels
+    results.update(metrics.threshold_metrics(calibration, s.false_alarms, labels, scores))
     results.update(data=run_data.category.data, category=s.category, method=s.method,
                    preset=s.preset, seed=s.seed, step=run.step,
                    epoch=math.ceil(run.step / run.steps_per_epoch),
@@ -321,6 +317,8 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     if not run_data.test:
         raise InputError(f"{run_data.category.root}: no test images to score")
     with locked_folder(folder):
+        if not (folder / "data.json").exists():            # of weights that were imported
+            save_data_record(folder, run_data)
         if not calibration:
             run_after_training(model, s, run_data)
         scores = calibration_scores(model, s, run_data)
@@ -330,9 +328,8 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
         return write_results(run, None if path.name == "metrics.json" else path)
 
 
-@exit_status
-def main(argv: list[str] | None = None) -> None:
-    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of evaluate.py: a run folder, and the flags of a scoring."""
     parser = argparse.ArgumentParser(
         description="Score the model of a run folder again, with the folder's settings.",
         argument_default=argparse.SUPPRESS)
@@ -343,10 +340,14 @@ def main(argv: list[str] | None = None) -> None:
                          "have moved")
     add_flags(machine, [f for f in fields_of("machine")
                         if f.name in ("root", "device", "memory_gb", "eval_batch")])
-    changes = vars(parser.parse_args(argv))
+    return parser
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    changes = vars(command_line().parse_args(argv))
     folder, device = Path(changes.pop("run")).expanduser(), changes.pop("device", "auto")
-    for name in {"data", "root"} & set(changes):
-        changes[name] = os.path.expanduser(changes[name])
     if "data" in changes:
         changes["data"] = clean_data(changes["data"])
     print_table([evaluate_run(folder, changes, device)])

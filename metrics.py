@@ -68,8 +68,8 @@ def weighted_roc(maps: np.ndarray, masks: np.ndarray,
     """
     if not masks.any() or masks.all():
         raise ValueError("pixel metrics need at least one anomalous and one normal pixel")
-    thresholds, place = np.unique(maps[masks], return_inverse=True)
-    hit = np.cumsum(np.bincount(place, weights)[::-1]) / weights.sum()    # thresholds falling
+    thresholds, index = np.unique(maps[masks], return_inverse=True)
+    hit = np.cumsum(np.bincount(index, weights)[::-1]) / weights.sum()    # thresholds falling
     normal = np.sort(maps[~masks])
     before, with_it = (1 - np.searchsorted(normal, thresholds[::-1], side) / len(normal)
                        for side in ("right", "left"))
@@ -100,10 +100,11 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
              masks: np.ndarray | None = None) -> dict[str, float]:
     """All metrics of a test set, fractions in 0..1.
 
-    labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: [N, H, W] in {0, 1}, of any
-    dtype, or None where there is no ground truth. image_f1max: the best F1 of all thresholds, which sees the labels: an upper
-    bound, not a result. What is undefined (no defective or no good image, no masks) is NaN, with a
-    warning that names it. Raises ValueError for other masks (see `checked_masks`).
+    labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: [N, H, W] in {0, 1}, of any dtype,
+    or None where there is no ground truth. image_f1max: the best F1 of all thresholds, which sees
+    the labels: an upper bound, not a result. What is undefined (no defective or no good image, no
+    masks) is NaN, with a warning that names it. Raises ValueError for other masks (see
+    `checked_masks`).
     """
     labels = np.asarray(labels).astype(int)
     results = dict.fromkeys(("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap",
@@ -195,8 +196,8 @@ def describe_threshold(scores: CalibrationScores, limit: Threshold) -> str:
     if scores.training:
         counts += f" and {len(scores.training)} training"
     lines = [f"threshold {limit.value:.4f}, from {counts} images",
-             f"  expected false alarm rate: {100 * limit.rate:.0f} % of good parts (plausible range "
-             f"{100 * limit.low:.0f} to {100 * limit.high:.0f} %)"]
+             f"  expected false alarm rate: {100 * limit.rate:.0f} % of good parts (plausible "
+             f"range {100 * limit.low:.0f} to {100 * limit.high:.0f} %)"]
     rate = synthetic_detection_rate(scores, limit)
     if rate is not None:
         count = len(scores.synthetic)

@@ -1,8 +1,8 @@
 """Synthetic anomalies (paper, section 3.3): Perlin masks, simulated guides, anomaly appearances.
 
 Masks are generated for a batch at once, as tensors on the device of the images. All random
-numbers come from a NumPy generator on the CPU, so a seed means the same on every device, and
-nothing is read back from the device. The readings are in docs/differences.md.
+numbers come from a NumPy generator on the CPU, so a seed means the same on every device. No value
+is read back from the device. docs/differences.md lists how open points of the paper are read.
 """
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-LATTICE = 64            # > 32 sqrt(2) + 3: a rotated map of 32 periods stays on the lattice
-TEXTURAL = 0.5          # share of textural anomalies, the rest is structural (MemSeg)
-GRID = 8                # blocks per axis of a structural anomaly
+LATTICE = 64            # > 32 sqrt(2) + 3, so a rotated map of 32 periods stays inside
+TEXTURAL = 0.5          # share of textural anomalies; the others are structural (MemSeg)
+GRID = 8                # blocks along each axis of a structural anomaly
 
 
 class Synthetic(NamedTuple):
     """Anomalies for a batch; M and M_a [B, 1, H, W] in {0, 1}, the appearance A uint8 [B, 3, H, W].
 
-    A fills the whole image; the eps of Eq. 2 is A in [-1, 1] inside M and zero outside.
+    A covers the whole image. The eps of Eq. 2 is A, scaled to [-1, 1], inside M and zero outside.
     """
     M: Tensor
     M_a: Tensor
@@ -34,12 +34,12 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, phases: Tensor,
                  H: int, W: int) -> Tensor:
-    """Gradient noise of Perlin (1985) on maps of any size, [B, 1, H, W], about in [-1, 1].
+    """Gradient noise (Perlin 1985) on maps of any size, [B, 1, H, W], roughly within [-1, 1].
 
     gradients: [B, LATTICE, LATTICE] directions in radians; periods: [B, 2] lattice cells along the
     height and the width, at most 32; angles: [B] rotation of the whole map in radians; phases:
-    [B, 2] in [0, 1), where in its lattice cell the map's centre lies: the noise is zero at every
-    lattice point, so a fixed place would keep the masks from one spot of all images.
+    [B, 2] in [0, 1), position of the map's centre within its lattice cell. The noise is zero at
+    every lattice point: with phase 0, the image centre would never be anomalous.
     """
     device = gradients.device
     y = ((torch.arange(H, device=device) + 0.5) / H - 0.5)[None, :, None]      # [1, H, 1]
@@ -53,7 +53,7 @@ def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, phases: Ten
     flat = gradients.flatten(1)
 
     def corner(i: int, j: int) -> Tensor:
-        """The gradient of one corner of each pixel's cell, dotted with the way from it."""
+        """Dot product of the gradient at a corner of each pixel's cell and the offset from it."""
         index = ((u0 + i) * LATTICE + v0 + j).long().flatten(1)
         direction = flat.gather(1, index).view_as(u)
         return direction.cos() * (du - i) + direction.sin() * (dv - j)
@@ -67,7 +67,7 @@ def perlin_noise(gradients: Tensor, periods: Tensor, angles: Tensor, phases: Ten
 
 
 def random_perlin(rng: np.random.Generator, B: int, H: int, W: int, device) -> Tensor:
-    """Perlin noise of random scale, 2^{0..5} periods an axis, shifted, turned by U(-90, 90) deg."""
+    """Perlin noise: 2^{0..5} periods per axis, shifted at random, rotated by U(-90, 90) degrees."""
     gradients = to_device(rng.uniform(0, 2 * np.pi, (B, LATTICE, LATTICE)), device)
     periods = to_device(2.0 ** rng.integers(0, 6, (B, 2)), device)
     angles = to_device(rng.uniform(-np.pi / 2, np.pi / 2, B), device)
@@ -78,30 +78,30 @@ def random_perlin(rng: np.random.Generator, B: int, H: int, W: int, device) -> T
 def anomaly_mask(noise: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
     """M = |noise| > 0.5 inside the foreground, and the threshold that was used, [B, 1, 1, 1].
 
-    noise, foreground ({0, 1}): [B, 1, H, W]. The threshold is lowered to 0.9 of the foreground's
-    largest value where that is below 0.5, so M is empty only if the foreground is.
+    noise, foreground ({0, 1}): [B, 1, H, W]. The threshold is 0.5, or 0.9 of the largest |noise| in
+    the foreground if that is smaller, so M is empty only if the foreground is empty.
     """
-    height = noise.abs() * foreground
-    threshold = (0.9 * height.amax((1, 2, 3), keepdim=True)).clamp(max=0.5)
-    return (height > threshold).float(), threshold
+    magnitude = noise.abs() * foreground
+    threshold = (0.9 * magnitude.amax((1, 2, 3), keepdim=True)).clamp(max=0.5)
+    return (magnitude > threshold).float(), threshold
 
 
 def simulated_previous_mask(noise: Tensor, foreground: Tensor, threshold: Tensor,
                             case: Tensor, u: Tensor) -> Tensor:
-    """M_a, the imperfect mask of the step before: the map of M thresholded anew, [B, 1, H, W].
+    """M_a, a simulated mask of the previous step: M with a changed threshold, [B, 1, H, W].
 
-    case, u: [B, 1, 1, 1], case in 0..3, u in [0, 1), the share by which the threshold moves.
+    case: [B, 1, 1, 1] in 0..3; u: [B, 1, 1, 1] in [0, 1), the relative change of the threshold.
     """
-    height = noise.abs() * foreground
-    moved = torch.where(case == 1, threshold * (1 + u), threshold)      # 1: smaller, often empty
-    moved = torch.where(case == 3, threshold * (1 - u), moved)          # 3: larger; 2: M itself
-    return ((height > moved) & (case != 0)).float()                     # 0: empty
+    magnitude = noise.abs() * foreground
+    level = torch.where(case == 1, threshold * (1 + u), threshold)      # 1: raised, often empty
+    level = torch.where(case == 3, threshold * (1 - u), level)          # 3: lowered; 2: M_a = M
+    return ((magnitude > level) & (case != 0)).float()                  # 0: M_a is empty
 
 
 # ---------------------------------------------------------------- appearances
 
-# The ten operations of the authors' code, by torchvision in their ranges as far as it takes them.
-# Each takes and gives an image, uint8 [3, H, W].
+# The ten operations of the authors' code (by imgaug), in the ranges that torchvision accepts. Each
+# maps a uint8 image [3, H, W] to a uint8 image of the same shape.
 
 def gamma(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.cat([TF.adjust_gamma(channel, g)
@@ -152,14 +152,14 @@ OPERATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize,
 
 
 def three_operations(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Three different of the ten OPERATIONS, in random order, on one uint8 image [3, H, W]."""
+    """Apply three different OPERATIONS, chosen at random, to a uint8 image [3, H, W]."""
     for index in rng.choice(len(OPERATIONS), 3, replace=False):
         image = OPERATIONS[index](image, rng)
     return image
 
 
 def shuffle_blocks(image: Tensor, order: list[int]) -> Tensor:
-    """Cut [C, H, W] in GRID x GRID blocks, put block order[k] at place k. GRID divides H, W."""
+    """Cut [C, H, W] into GRID x GRID blocks; position k gets block order[k]. GRID divides H, W."""
     C, H, W = image.shape
     h, w = H // GRID, W // GRID
     blocks = image.view(C, GRID, h, GRID, w).permute(1, 3, 0, 2, 4).reshape(GRID ** 2, C, h, w)
@@ -168,7 +168,7 @@ def shuffle_blocks(image: Tensor, order: list[int]) -> Tensor:
 
 
 def anomaly_appearance(image: Tensor, texture: Tensor, rng: np.random.Generator) -> Tensor:
-    """A, uint8 [3, H, W]: textural (from `texture`) or structural (from the image itself)."""
+    """The appearance A, uint8 [3, H, W]: textural (from `texture`) or structural (from `image`)."""
     if rng.random() < TEXTURAL:
         return three_operations(texture, rng)
     return shuffle_blocks(three_operations(image, rng), rng.permutation(GRID ** 2).tolist())
@@ -181,14 +181,14 @@ def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Ten
     """Anomalies for the first half of a batch; the second half stays normal (section 4.3).
 
     images: uint8 [B, 3, H, W]; foreground: [B, 1, H, W] in {0, 1}; textures: uint8
-    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, whose guide is always
+    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, for which M_a is always
     empty. H and W must be multiples of 8.
     """
     B, _, H, W = images.shape
     half, device = (B + 1) // 2, images.device
     noise = random_perlin(rng, half, H, W, device)
     M, threshold = anomaly_mask(noise, foreground[:half])
-    case = to_device(rng.integers(0, 4, (half, 1, 1, 1)), device)   # empty: the paper's 25 %
+    case = to_device(rng.integers(0, 4, (half, 1, 1, 1)), device)   # 0: the paper's 25 %
     u = to_device(rng.random((half, 1, 1, 1)), device)
     M_a = simulated_previous_mask(noise, foreground[:half], threshold, case, u)
     M_a = M_a * (~opaque[:half, None, None, None])
@@ -202,27 +202,27 @@ def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Ten
 
 def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.random.Generator,
                  authors: bool = False, p: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Rotation augmentation (section 4.3): each sample with probability p by U(-degrees, degrees).
+    """Rotate each sample with probability p by U(-degrees, degrees), as in section 4.3.
 
-    images: uint8 [B, 3, H, W], interpolated linearly on black as DRAEM's augmentation library does;
-    authors: nearest neighbour on mid-grey, as their code does. foreground: [B, 1, H, W] in {0, 1},
-    turned along, empty outside. Before anomalies are made, so these lie on the turned image.
+    images: uint8 [B, 3, H, W], interpolated linearly on black as in DRAEM's augmentation library;
+    authors: nearest neighbour on mid-grey, as in their code. foreground: [B, 1, H, W] in {0, 1}.
+    Anomalies are added afterwards, so they lie on the rotated image and are not rotated themselves.
     """
-    how = (dict(interpolation=TF.InterpolationMode.NEAREST, fill=128) if authors
+    options = (dict(interpolation=TF.InterpolationMode.NEAREST, fill=128) if authors
            else dict(interpolation=TF.InterpolationMode.BILINEAR, fill=0))
-    turn, angle = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
+    selected, angles = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
     images, foreground = images.clone(), foreground.clone()
-    for k in np.flatnonzero(turn):
-        images[k] = TF.rotate(images[k], float(angle[k]), **how)
-        foreground[k] = TF.rotate(foreground[k], float(angle[k]))
+    for k in np.flatnonzero(selected):
+        images[k] = TF.rotate(images[k], float(angles[k]), **options)
+        foreground[k] = TF.rotate(foreground[k], float(angles[k]))
     return images, foreground
 
 
 def change_light(images: Tensor, light: float, rng: np.random.Generator) -> Tensor:
-    """Light augmentation (not in the paper): each image times a factor U(1 - light, 1 + light).
+    """Multiply each image by a factor U(1 - light, 1 + light). The paper has no such augmentation.
 
-    images: uint8 [B, 3, H, W]; light in [0, 1]. Before anomalies are made, so the changed light is
-    part of what is normal.
+    images: uint8 [B, 3, H, W]; light in [0, 1]. Anomalies are added afterwards, so the network
+    learns the changed brightness as normal.
     """
     factors = rng.uniform(1 - light, 1 + light, len(images)).tolist()
     return torch.stack([TF.adjust_brightness(image, f) for image, f in zip(images, factors)])

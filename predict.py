@@ -3,8 +3,8 @@
     python predict.py runs/mvtec/cable photos/ --out found/
 
     model = predict.load("runs/mvtec/cable")           # the same from Python
-    found = model.inspect("photo.png")
-    found.score, found.verdict, found.heat_map(), found.regions
+    result = model.inspect("photo.png")
+    result.score, result.verdict, result.heat_map(), result.regions
 
 Training is train.py's, thresholds evaluate.py's.
 """
@@ -46,8 +46,8 @@ SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
 MAX_PICTURE_SIDE = 2048                 # the longest side of a picture, in pixels
 PICTURES = ("heatmaps", "restored", "maps")
-ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] "
-                   "of uint8 or uint16, or a list of these")
+ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or "
+                   "[H, W, 4] of uint8 or uint16, or a list of these")
 
 
 # ---------------------------------------------------------------- from Python

@@ -129,6 +129,7 @@ class Run:
         if not outlier:
             count = min(count + 1, WINDOW)
             self.running_mean = {
+                **self.running_mean,
                 **{name: (self.running_mean.get(name, 0.0) * (count - 1) + losses[name]) / count
                    for name in OUTLIER_FACTOR}, "steps": count}
         self.epoch_steps.append(losses)

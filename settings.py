@@ -108,8 +108,8 @@ class Settings:
                                "scoring")
     lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
     kernel: int = setting(7, "side of Eq. 10's mean filter, in pixels", "scoring")
-    final_mask: str = setting("combined", "the map that is scored; last: the mask of the last call, "
-                              "which is M_1 as all steps are walked then", "scoring",
+    final_mask: str = setting("combined", "the map that is scored; last: the mask of the last "
+                              "call, which is M_1 as all steps are walked then", "scoring",
                               ("combined", "disc", "recon", "last"))
     false_alarms: float = setting(0.05, "false alarm rate at which the threshold aims", "scoring")
 
@@ -184,9 +184,9 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     data = values.setdefault("data", "demo")
     if data == "demo":
         values.setdefault("category", "fabric")
-    for name in {"data", "root", "out", "foreground", "resnet34"} & set(values):
-        values[name] = os.path.expanduser(values[name])
     values["data"] = clean_data(values["data"])
+    for name in {"root", "out", "foreground", "resnet34"} & set(values):
+        values[name] = os.path.expanduser(values[name])
     if values["data"] not in FOLDERS:
         values.setdefault("hold_out", 0.1)                # own parts get a threshold everywhere
     device = pick_device(values.get("device", "auto"))
@@ -215,8 +215,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
 
 def clean_data(data: str) -> str:
     """--data as it is kept: parts/, ./parts and parts are one run, and ./demo is no data set."""
-    is_path = os.path.dirname(data) or data.startswith(".")
-    data = os.path.normpath(data)
+    is_path = os.path.dirname(data) or data.startswith((".", "~"))
+    data = os.path.normpath(os.path.expanduser(data))
     return os.path.join(".", data) if is_path and data in FOLDERS else data
 
 

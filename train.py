@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import demo
 import perlin
-from data import RunData, load_run_data, refuse_other_data, save_data_record, scale
+from data import (RunData, find_categories, load_run_data, refuse_other_data, save_data_record,
+                  scale)
 from evaluate import finish, network_calls, score_epoch
 from runs import (FORMAT, Diverged, Run, build_model, load_checkpoint, new_run,
                   refuse_other_settings, resumed_settings, run_folder, saved_settings)
@@ -29,7 +29,7 @@ from settings import Settings, parse
 from support import ranks
 from support.console import InputError, StopRequest, duration, exit_status, progress_bar
 from support.files import locked_folder, read_json, save_json
-from support.layouts import find_category, is_texture, list_categories, root_folder
+from support.layouts import find_category, root_folder
 from support.report import print_next_steps, print_table
 
 MAX_ROLLBACKS = 3                                  # returns to a checkpoint, then an error
@@ -40,8 +40,7 @@ def train(run: Run, eval_every: int = 0) -> None:
 
     From there it continues with half the learning rate and with other batches, so that a single
     bad batch does not end it. A diverging model is never saved. Raises InputError where it diverges
-    again after MAX_ROLLBACKS returns, and KeyboardInterrupt, with all saved, where it was asked to
-    stop.
+    again after MAX_ROLLBACKS returns, and KeyboardInterrupt, with all saved, where asked to stop.
     """
     if run.step == 0:
         run.save()
@@ -76,10 +75,10 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
         model, find_unused_parameters=bool(s.drop_loss) or len(model.STAGES) > 1)
     start = perf_counter() - run.seconds
     while run.step < run.total_steps:
-        model.stage, step_in_stage, stage_steps = find_stage(model.STAGES, run.step, run.total_steps)
-        if step_in_stage == 0:
-            run.running_mean = {}                           # a stage has losses of its own
-        rate = learning_rate(s, step_in_stage, stage_steps, run.steps_per_epoch, run.rollbacks)
+        model.stage, stage_step, stage_steps = find_stage(model.STAGES, run.step, run.total_steps)
+        if run.running_mean.get("stage") != model.stage:
+            run.running_mean = {"stage": model.stage}       # a stage has losses of its own
+        rate = learning_rate(s, stage_step, stage_steps, run.steps_per_epoch, run.rollbacks)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         batch = make_batch(s, run.data, model.last_step, run.step, device, run.rollbacks)
@@ -119,7 +118,7 @@ def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device
     again = [rollbacks] if rollbacks else []
     rng = np.random.default_rng([s.seed, step, *again])
     epoch, step_in_epoch = divmod(step, run_data.steps_per_epoch(s.batch))
-    shuffled = np.random.default_rng([s.seed, 1 << 32, epoch, *again])    # 1 << 32: no step's number
+    shuffled = np.random.default_rng([s.seed, 1 << 32, epoch, *again])   # 1 << 32: no step's number
     shuffled = shuffled.permutation(run_data.train_indices)
     shuffled = np.resize(shuffled, max(len(shuffled), s.batch))
     chosen = shuffled[step_in_epoch * s.batch:(step_in_epoch + 1) * s.batch]
@@ -243,43 +242,6 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         return {"category": s.category} if ranks.RANK else finish(run)
 
 
-def find_categories(s: Settings) -> tuple[Settings, list[str]]:
-    """The categories asked for, where they are found; the demo's are drawn first.
-
-    Raises InputError where there are none, or where several are to share one folder of masks.
-    """
-    if s.data == "demo":
-        s = dataclasses.replace(s, root=s.root or "data")
-        if not ranks.RANK:
-            demo.write(Path(s.root) / "demo", s.category)
-    ranks.wait()
-    names = list_categories(s.data, root_folder(s.root))
-    if not s.category:
-        raise InputError(f"--category: one of {', '.join(names)}, or all")
-    if s.category != "all":
-        return s, [s.category]
-    if s.foreground not in ("auto", "none"):
-        lacking = [name for name in names if not is_texture(s.data, name)
-                   and not (Path(s.foreground) / name).is_dir()]
-        if lacking:
-            raise InputError(f"--foreground {s.foreground}: no folder {lacking[0]} in it (nor for "
-                             f"{len(lacking) - 1} more); each category needs one of its own there")
-    return s, names
-
-
-def join_ranks(s: Settings) -> Settings:
-    """Meet the other processes that torchrun started, each on a device of its own.
-
-    Raises InputError for a batch that the ranks cannot share evenly, half of it anomalous.
-    """
-    if ranks.COUNT == 1:
-        return s
-    if s.batch % (2 * ranks.COUNT):
-        raise InputError(f"--batch {s.batch}: {ranks.COUNT} processes share it evenly, half of it "
-                         f"anomalous, only if it is a multiple of {2 * ranks.COUNT}")
-    return dataclasses.replace(s, device=ranks.join(s.device))
-
-
 @exit_status
 def main(argv: list[str] | None = None) -> None:
     """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
@@ -287,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.NOTE:
         print(ranks.NOTE)
     s, flags = parse(argv)
-    s, names = find_categories(join_ranks(s))
+    s, names = find_categories(dataclasses.replace(s, device=ranks.join(s.device, s.batch)))
     rows, trained, failed = [], [], []
     for one in (dataclasses.replace(s, category=name) for name in names):
         try:

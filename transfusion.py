@@ -146,9 +146,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention of one head over all pixels, added to its input.
 
-    normalised: the input passes a GroupNorm first, as in DDPM (Ho et al. 2020). The authors' network
-    has no such norm. Without it, large activations amplify themselves through the eleven attention
-    layers.
+    normalised: the input passes a GroupNorm first, as in DDPM (Ho et al. 2020). The authors'
+    network has no such norm. Without it, large activations amplify themselves through the eleven
+    attention layers.
     """
 
     def __init__(self, channels: int, normalised: bool):
@@ -178,17 +178,14 @@ class Block(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halves the resolution (3x3 conv of stride 2) or doubles it (4x4 transposed conv).
-
-    It takes the time embedding, unused, so that all layers are called alike.
-    """
+    """Halves the resolution (3x3 conv of stride 2) or doubles it (4x4 transposed conv)."""
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
         self.conv = (nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) if up
                      else nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:      # all layers are called alike
         return self.conv(x)
 
 
@@ -286,7 +283,7 @@ class ResUNet(nn.Module):
 
     @torch.no_grad()
     def start_from_identity(self) -> None:
-        """Initialise so that n_t = x_t, M_t is small everywhere, and every residual branch is silent.
+        """Initialise so that n_t = x_t, M_t is small everywhere, and residual branches are silent.
 
         Most of an image is normal, so this is most of the answer; from torch's default weights it
         takes hundreds of steps to learn it. The paper says nothing on initialisation.
@@ -395,12 +392,10 @@ def even_path(first: int, calls: int) -> list[int]:
 class Method(nn.Module):
     """What training and evaluation ask of a method: TransFusion, or another one of baselines/.
 
-    A method defines `losses`, `path` and `restore` as TransFusion does, and `last_step`: training
-    steps t are drawn from 1..last_step. The rest has defaults:
-
-    STAGES: shares of the training at which its stages end, the last one 1. The learning rate runs
-    through its schedule in each stage, and `stage`, from 0, is the current one.
-    IMAGES_AFTER_TRAINING: the number of training images that `after_training` wants to see.
+    A method defines `losses`, `path`, `restore` and `last_step` as TransFusion does. STAGES are the
+    shares of the training at which its stages end; the learning rate runs through its schedule in
+    each, and `stage`, from 0, is the current one. IMAGES_AFTER_TRAINING is the number of training
+    images that `after_training` wants to see.
     """
     STAGES: tuple[float, ...] = (1.0,)
     IMAGES_AFTER_TRAINING = 0
@@ -411,11 +406,8 @@ class Method(nn.Module):
         return self.losses(*batch, drop=drop)
 
     def after_training(self, images: Tensor) -> None:
-        """Called once when the weights are final, with training images [N, 3, H, W] in [-1, 1].
-
-        Results go to buffers whose shapes are known from the start. Raises ValueError where
-        something is missing.
-        """
+        """Called once when the weights are final, with training images [N, 3, H, W] in [-1, 1];
+        results go to buffers. Raises ValueError where something is missing."""
 
 
 class TransFusion(Method):
@@ -476,8 +468,8 @@ class TransFusion(Method):
                  "m": mask_loss(logit, M),
                  "a": anomaly_loss(scale * eps_t, scale * eps),                # on the head itself
                  "c": consistency_loss(x_t, M_t, eps_t, n_t, beta_t, beta_prev, x_prev)}
-        kept = {f"L_{name}": 0.0 if name in drop else term for name, term in terms.items()}
-        return {"loss": total_loss(**kept), **terms}                           # Eq. 9
+        summands = {f"L_{name}": 0.0 if name in drop else term for name, term in terms.items()}
+        return {"loss": total_loss(**summands), **terms}                       # Eq. 9
 
     def path(self, infer_steps: int = 0) -> list[int]:
         """The steps that a restoration visits, from T (T - 2 in the authors' schedule) to 0.

@@ -66,9 +66,9 @@ def octave_noise(shape: tuple[int, int, int, int], octaves: int, persistence: fl
     for k in range(octaves):
         cells = 8 * 2 ** k                             # more than the map has: none repeats
         angles = 2 * math.pi * torch.rand(B * C, cells, cells, generator=generator)
-        place = cells * torch.rand(2, B * C, 1, generator=generator)
+        origin = cells * torch.rand(2, B * C, 1, generator=generator)
         wavelength = H / 4 / 2 ** k
-        u, v = (axis.flatten() / wavelength + start for axis, start in zip((rows, columns), place))
+        u, v = (axis.flatten() / wavelength + start for axis, start in zip((rows, columns), origin))
         total += persistence ** k * simplex_noise(u.to(device), v.to(device), angles.to(device))
     return total.view(shape)
 

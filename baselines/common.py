@@ -32,7 +32,7 @@ class Baseline(Method):
         return outputs.float() if isinstance(outputs, Tensor) else [o.float() for o in outputs]
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """[1, 0], as the method has a single pass. Raises ValueError for another number of steps."""
+        """[1, 0], as the method has one pass. Raises ValueError for another number of steps."""
         if infer_steps > 1:
             raise ValueError(f"{infer_steps} inference steps asked for, the method has one pass")
         return [1, 0]

@@ -192,7 +192,8 @@ class D3AD(Baseline):
     @torch.no_grad()
     def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
         """x^_0, and Eq. 9's two parts in their ranges: the latents' as M_disc, so that --lam is its
-        lambda, the features' as M_recon. Before `after_training` T' is the largest, the ranges 0..1."""
+        lambda, the features' as M_recon. Before `after_training` T' is the largest one and the ranges
+        are 0..1."""
         T = torch.full((len(x),), T_MAX, device=x.device)
         ranges = self.ranges if self.count else torch.tensor([[0.0, 1.0]] * 2, device=x.device)
         if self.count:

@@ -1,7 +1,6 @@
-"""What the notebooks share: finding a run, drawing images, maps and the network, failure cases.
+"""Functions of the notebooks: loading a run, drawing images, maps and the network, failure cases.
 
-The notebooks load and plot; what they need beyond that is here, in tables.py, or in the module that
-owns it.
+The notebooks load and plot. The tables are in tables.py.
 """
 import dataclasses
 import json
@@ -22,36 +21,41 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-import data
 import demo
 import train
-from data import FOLDERS, scale
-from evaluate import final_maps, image_scores, over_grey
-from runs import SCORING_GRID, Source, load_model, load_source, read_json, scoring_side
-from settings import InputError, Settings
+from data import (SCORING_GRID, RunData, load_image, load_run_data, preprocess, scale,
+                  scoring_side)
+from evaluate import final_maps, image_scores
+from runs import load_model
+from settings import Settings
+from support.console import InputError
+from support.files import read_json
+from support.layouts import FOLDERS
+from support.pictures import over_grey
 from tables import find_runs
 from transfusion import Block, Resample, Restoration, ResUNet, TransFusion
 
-# The run a notebook makes where there is none: a minute or two on two cores.
+# The run that a notebook trains if there is none: a minute or two on two cores.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--batch", "8",
          "--steps", "300", "--name", "notebook"]
-METHODS = ("draem", "anoddpm", "diffad", "d3ad")        # their runs are shown beside ours
+METHODS = ("draem", "anoddpm", "diffad", "d3ad")        # whose runs are compared with ours
 
 
 @dataclass
-class Run:
-    """A finished run, its model, its data and its raw maps [N, H, W] by name."""
+class FinishedRun:
+    """A run that is trained and scored. maps: its raw maps [N, H, W] by name, of maps.npz.
+    metrics: of metrics.json."""
     folder: Path
     model: TransFusion
-    s: Settings
-    source: Source
+    settings: Settings
+    data: RunData
     maps: dict[str, np.ndarray]
     metrics: dict
 
     @cached_property
     def M_final(self) -> np.ndarray:
         """Eq. 10 of every test image, [N, H, W]."""
-        return final_maps(self.maps, self.s)
+        return final_maps(self.maps, self.settings)
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -60,102 +64,109 @@ class Run:
 
     @property
     def threshold(self) -> float:
-        """That of the run; where it has none, the defective images' median score."""
-        found = self.metrics.get("threshold")
-        return found if found is not None else float(np.median(self.scores[self.labels == 1]))
+        """The run's threshold; if it has none, the median score of the defective images."""
+        threshold = self.metrics.get("threshold")
+        if threshold is None:
+            return float(np.median(self.scores[self.labels == 1]))
+        return threshold
 
     @property
     def labels(self) -> np.ndarray:
         """1 for a defective test image, 0 for a good one, [N]."""
-        return self.source.category.labels
+        return self.data.category.labels
 
     def images(self, indices) -> Tensor:
         """Test images as the model sees them, [B, 3, H, W] in [-1, 1]."""
-        return scale(self.source.test[list(indices)])
+        return scale(self.data.test[list(indices)])
 
     def normal(self, indices) -> Tensor:
         """The demo's test images without their defects (the n of Eq. 1), as the model sees them:
         [B, 3, H, W] in [-1, 1]."""
-        items = [self.source.category.test[k] for k in indices]
-        drawn = [demo.draw(self.s.category, item.defect if item.label else None,
+        items = [self.data.category.test[k] for k in indices]
+        drawn = [demo.draw(self.settings.category, item.defect if item.label else None,
                            int(item.path.stem), healed=True)[0] for item in items]
         return scale(torch.from_numpy(np.stack([
-            data.preprocess(Image.fromarray(n), self.s.resize, self.s.crop) for n in drawn])))
+            preprocess(Image.fromarray(n), self.settings.resize, self.settings.crop)
+            for n in drawn])))
 
     def original(self, k: int) -> Tensor:
         """A test image on the scoring grid, 256 px less the crop, [3, side, side] in [-1, 1]."""
-        return scale(large([self.source.category.test[k].path], scoring_side(self.s)))[0]
+        path = self.data.category.test[k].path
+        return scale(load_large([path], scoring_side(self.settings)))[0]
 
     def truth(self, k: int) -> np.ndarray:
-        """Ground truth of a test image on the scoring grid, bool; zeros where there is none."""
-        side = scoring_side(self.s)
-        masks = self.source.masks
-        return np.zeros((side, side), bool) if masks is None else masks[k]
+        """Ground truth of a test image on the scoring grid, bool; zeros if there is none."""
+        side = scoring_side(self.settings)
+        return np.zeros((side, side), bool) if self.data.masks is None else self.data.masks[k]
 
     def restore(self, indices) -> Restoration:
-        """The restoration of some test images, in as many network calls as the run's scores."""
-        return self.model.restore(self.images(indices), self.s.infer_steps)
+        """The restoration of some test images, with as many network calls as the run's scores."""
+        return self.model.restore(self.images(indices), self.settings.infer_steps)
 
 
-def large(paths: Sequence[Path], crop: int = SCORING_GRID) -> Tensor:
+def load_large(paths: Sequence[Path], crop: int = SCORING_GRID) -> Tensor:
     """Images of files on the scoring grid, whatever size a model sees, uint8 [B, 3, crop, crop]."""
-    return torch.from_numpy(np.stack([data.load_image(p, SCORING_GRID, crop) for p in paths]))
+    return torch.from_numpy(np.stack([load_image(p, SCORING_GRID, crop) for p in paths]))
 
 
-def load_run(name: str, runs: str, root: str, category: str = "", training: bool = False) -> Run:
-    """A finished run of a data set, of this category or the first there is.
+def load_run(name: str, runs: str, root: str, category: str = "",
+             training: bool = False) -> FinishedRun:
+    """A finished run of a data set: of this category, or the first one if that is "".
 
-    For the demo data a small one is trained where there is none, or trained on where that was
-    interrupted. Own data is found where the run had it. training: with all images that it trained
-    on, which have to be there. Raises InputError.
+    If there is none of the demo data, a small one is trained, or the training of one is continued.
+    training: also load all images that the run was trained on, which have to exist. Raises
+    InputError.
     """
-    found = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
-    if not found and name == "demo" and category in ("", "fabric"):
+    folders = [f for f in find_runs(name, runs) if not category or f.name.startswith(category)]
+    if not folders and name == "demo" and category in ("", "fabric"):
         train.main([*SMALL, "--resume", "--root", root, "--out", runs])
-        found = find_runs(name, runs)
-    if not found:
+        folders = find_runs(name, runs)
+    if not folders:
         raise InputError(f"no finished run of {name} {category} under {runs}: "
                          f"python train.py --data {name} --category {category or 'CATEGORY'}")
-    return open_run(found[0], root, training)
+    return open_run(folders[0], root, training)
 
 
-def open_run(folder: Path, root: str, training: bool = False) -> Run:
-    """A finished run of a folder."""
+def open_run(folder: Path, root: str, training: bool = False) -> FinishedRun:
+    """The finished run of a folder. The user's own data is looked for where the run had it."""
     model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
     root = str(Path(root).expanduser())
     s = dataclasses.replace(s, root=root, device="cpu")
-    if s.data not in FOLDERS and not Path(s.data).is_dir():       # a path from another folder
+    if s.data not in FOLDERS and not Path(s.data).is_dir():       # relative to another folder
         s = dataclasses.replace(s, data=str(Path(read_json(folder / "data.json")["root"]).parent))
     if s.data == "demo":
         demo.write(Path(root) / "demo", s.category)
     with np.load(folder / "maps.npz") as file:
         maps = {k: file[k] for k in file.files}
-    return Run(folder, model, s, load_source(s, training, folder), maps,
-               json.loads((folder / "metrics.json").read_text()))
+    return FinishedRun(folder, model, s, load_run_data(s, training, folder), maps,
+                       json.loads((folder / "metrics.json").read_text()))
 
 
-def every_run(name: str, runs: str, root: str, first: str = "") -> list[Run]:
+def every_run(name: str, runs: str, root: str, first: str = "") -> list[FinishedRun]:
     """The finished runs of a data set, one a category, that of the category `first` first."""
     run = load_run(name, runs, root, first)
     return [run, *(open_run(f, root) for f in find_runs(name, runs) if f != run.folder)]
 
 
-def other_methods(run: Run, root: str) -> dict[str, Run]:
-    """The finished runs of other methods on the same category, CATEGORY-METHOD beside it."""
-    folders = {m: run.folder.with_name(f"{run.s.category}-{m}") for m in METHODS}
+def other_methods(run: FinishedRun, root: str) -> dict[str, FinishedRun]:
+    """The finished runs of other methods on the same category, by method.
+
+    Their folders are CATEGORY-METHOD, next to the run's own.
+    """
+    folders = {m: run.folder.with_name(f"{run.settings.category}-{m}") for m in METHODS}
     return {m: open_run(f, root) for m, f in folders.items() if (f / "metrics.json").exists()}
 
 
-def image_auroc(run: Run, **scoring) -> float:
-    """Image AUROC of a run's maps under other scoring settings: lam, kernel, final_mask."""
-    M_final = final_maps(run.maps, dataclasses.replace(run.s, **scoring))
+def image_auroc(run: FinishedRun, **scoring) -> float:
+    """Image AUROC of a run's maps with other scoring settings: lam, kernel, final_mask."""
+    M_final = final_maps(run.maps, dataclasses.replace(run.settings, **scoring))
     return float(roc_auc_score(run.labels, image_scores(M_final)))
 
 
-def of_score(run: Run, indices, share: float) -> int:
-    """Of these test images the one at a share of their order by score: 0 lowest, 1 highest."""
+def at_score_quantile(run: FinishedRun, indices, quantile: float) -> int:
+    """Which of these test images is at a quantile of their scores: 0 lowest, 1 highest."""
     order = sorted(indices, key=lambda k: run.scores[k])
-    return order[round(share * (len(order) - 1))]
+    return order[round(quantile * (len(order) - 1))]
 
 
 # ---------------------------------------------------------------- pictures
@@ -195,12 +206,12 @@ def grid(rows, columns: Sequence[str] = (), labels: Sequence[str] = (), side: fl
          top: float = 1.0) -> None:
     """Pictures in rows; columns: titles of the first row; labels: left of the rows.
 
-    Each picture as `show` takes it, alone or as (picture, title) or (picture, title, top); None
-    leaves the place empty. side: of a picture, in inches.
+    A cell is a picture as `show` takes it, alone or as (picture, title) or (picture, title, top),
+    or None to leave it empty. side: of a picture, in inches.
     """
-    wide = max(map(len, rows))
-    _, axes = plt.subplots(len(rows), wide, squeeze=False,
-                                figsize=(side * wide, (side + 0.25) * len(rows)))
+    count = max(map(len, rows))
+    _, axes = plt.subplots(len(rows), count, squeeze=False,
+                           figsize=(side * count, (side + 0.25) * len(rows)))
     for i, row in enumerate(rows):
         for axis in axes[i, len(row):]:
             axis.axis("off")
@@ -219,7 +230,7 @@ def grid(rows, columns: Sequence[str] = (), labels: Sequence[str] = (), side: fl
 # ---------------------------------------------------------------- the network
 
 class Layer(NamedTuple):
-    """A layer of the network as it was called: its kind, and its output's shape (C, H, W)."""
+    """A layer of the network: its kind, and the shape (C, H, W) of its output."""
     name: str
     kind: str
     shape: tuple[int, int, int]
@@ -231,8 +242,8 @@ COLOURS = {"convolution": "#d9d9d9", "residual block": "#9ecae1",
 
 
 def layers(net: ResUNet, side: int) -> list[Layer]:
-    """Send an image of this side through the network and write down what each layer gives."""
-    found = []
+    """The layers in the order of their calls, when an image of this side is sent through them."""
+    called = []
     parts = {"image_proj": net.image_proj,
              **{f"down.{k}": layer for k, layer in enumerate(net.down)}, "middle": net.middle,
              **{f"up.{k}": layer for k, layer in enumerate(net.up)},
@@ -248,7 +259,7 @@ def layers(net: ResUNet, side: int) -> list[Layer]:
         return "convolution" if isinstance(module, nn.Conv2d) else "residual block + attention"
 
     def watch(name: str, module: nn.Module):
-        return module.register_forward_hook(lambda _, inputs, output: found.append(
+        return module.register_forward_hook(lambda _, inputs, output: called.append(
             Layer(name, kind(name, module), tuple(output.shape[1:]))))
 
     hooks = [watch(name, module) for name, module in parts.items()]
@@ -256,17 +267,20 @@ def layers(net: ResUNet, side: int) -> list[Layer]:
         net(torch.zeros(1, 3, side, side), torch.zeros(1, 1, side, side), torch.ones(1).long())
     for hook in hooks:
         hook.remove()
-    return found
+    return called
 
 
-def draw_network(found: list[Layer]) -> None:
-    """The network from left to right, a row a resolution: each layer's channels in its box, black
-    lines from layer to layer, grey ones for the skip connections from the way down to the way up."""
+def draw_network(network: list[Layer]) -> None:
+    """Draw the network from left to right, a row for each resolution.
+
+    A box has the number of channels of its layer. Black lines lead from layer to layer; grey lines
+    are skip connections from the way down to the way up.
+    """
     _, axis = plt.subplots(figsize=(12, 4.6))
-    sizes = sorted({layer.shape[1] for layer in found}, reverse=True)
-    trunk = [layer for layer in found if layer.kind != "head"]
-    heads = [layer for layer in found if layer.kind == "head"]
-    places, skips, lines = {}, [], dict.fromkeys(sizes, 0)
+    sizes = sorted({layer.shape[1] for layer in network}, reverse=True)
+    trunk = [layer for layer in network if layer.kind != "head"]
+    heads = [layer for layer in network if layer.kind == "head"]
+    corners, skips, lines = {}, [], dict.fromkeys(sizes, 0)        # lower left corners by name
 
     def box(x: float, y: float, layer: Layer, text: str, width: float = 0.86) -> None:
         axis.add_patch(Rectangle((x, y), width, 0.8, facecolor=COLOURS[layer.kind],
@@ -275,21 +289,21 @@ def draw_network(found: list[Layer]) -> None:
 
     for x, layer in enumerate(trunk):
         y = -2.0 * sizes.index(layer.shape[1])
-        places[layer.name] = x, y
+        corners[layer.name] = x, y
         box(x, y, layer, str(layer.shape[0]))
         if layer.name == "image_proj" or layer.name.startswith("down"):
             skips.append(layer)
         elif layer.name.startswith("up") and layer.kind != "twice the size":
-            start, level = places[skips.pop().name], layer.shape[1]
-            lines[level] += 1
-            height = y + 0.8 + 0.14 * lines[level]
-            axis.plot([start[0] + 0.43, start[0] + 0.43, x + 0.43, x + 0.43],
+            x_start, size = corners[skips.pop().name][0], layer.shape[1]
+            lines[size] += 1
+            height = y + 0.8 + 0.14 * lines[size]
+            axis.plot([x_start + 0.43, x_start + 0.43, x + 0.43, x + 0.43],
                       [y + 0.8, height, height, y + 0.8], color="grey", linewidth=0.8)
-    corners = list(places.values())
-    for (x, y), (x_next, y_next) in zip(corners, corners[1:]):
+    path = list(corners.values())
+    for (x, y), (x_next, y_next) in zip(path, path[1:]):
         axis.plot([x + 0.86, x_next], [y + 0.4, y_next + 0.4], color="black", linewidth=0.8)
     for k, layer in enumerate(heads):
-        axis.plot([corners[-1][0] + 0.86, len(trunk) + 0.8], [corners[-1][1] + 0.4, 1.4 - k],
+        axis.plot([path[-1][0] + 0.86, len(trunk) + 0.8], [path[-1][1] + 0.4, 1.4 - k],
                   color="black", linewidth=0.8)
         out = {"anomaly_head": r"$\epsilon_t$", "normal_head": "$n_t$", "mask_head": "logit $M_t$"}
         box(len(trunk) + 0.8, 1.0 - k, layer, f"{out[layer.name]}: {layer.shape[0]}", 2.6)
@@ -304,71 +318,75 @@ def draw_network(found: list[Layer]) -> None:
 # ---------------------------------------------------------------- failure cases
 
 class Failure(NamedTuple):
-    """A test image that a rule picked, where it is worst, and why, in a sentence."""
+    """A test image that a rule picked. region: the largest disagreement, bool on the scoring grid.
+    reason: why it was picked, in words."""
     index: int
     rule: str
-    where: np.ndarray                     # bool, on the scoring grid: the largest disagreement
-    why: str
+    region: np.ndarray
+    reason: str
 
 
-def predicted_mask(run: Run, k: int) -> np.ndarray:
+def predicted_mask(run: FinishedRun, k: int) -> np.ndarray:
     """M_final above the threshold, bool on the scoring grid."""
-    return final_maps({name: maps[[k]] for name, maps in run.maps.items()}, run.s,
-                      scoring_side(run.s))[0] > run.threshold
+    maps = {name: maps[[k]] for name, maps in run.maps.items()}
+    return final_maps(maps, run.settings, scoring_side(run.settings))[0] > run.threshold
 
 
 def largest_region(mask: np.ndarray) -> np.ndarray:
+    """The largest 8-connected region of a mask, as a mask."""
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else labels > 0
 
 
-def circle(axis: Axes, where: np.ndarray) -> None:
-    """A red circle around a region."""
-    if where.any():
-        rows, columns = np.nonzero(where)
+def circle(axis: Axes, region: np.ndarray) -> None:
+    """Draw a red circle around a region, unless it is empty."""
+    if region.any():
+        rows, columns = np.nonzero(region)
         middle = ((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2)
         radius = max(np.ptp(rows), np.ptp(columns)) / 2 + 8
         axis.add_patch(Circle(middle, radius, fill=False, color="red", linewidth=1.5))
 
 
-def failures(run: Run, each: int = 2) -> list[Failure]:
-    """The `each` worst test images under each of four rules, found from scores and maps alone.
+def failures(run: FinishedRun, each: int = 2) -> list[Failure]:
+    """The worst test images under each of four rules, `each` of them at most, by scores and maps.
 
     Missed: the defective images of lowest score, of those not above the threshold. False alarm:
-    the good ones of highest, of those above it. Restored, not annotated: the most changed image
-    area outside the truth, where there is any. Disagreeing: of the defective images that are not
-    missed, the least overlap (intersection over union) of predicted and true mask.
+    the good images of highest score, of those above the threshold. Restored, not annotated: the
+    images with the largest changed area outside the ground truth. Masks disagree: of the defective
+    images above the threshold, those whose predicted and true mask overlap least (intersection over
+    union).
     """
-    labels, scores, found = run.labels, run.scores, []
+    labels, scores, cases = run.labels, run.scores, []
     truth = np.stack([run.truth(k) for k in range(len(labels))])
     predicted = np.stack([predicted_mask(run, k) for k in range(len(labels))])
-    alarm, against = scores > run.threshold, f"threshold {run.threshold:.3f}"
-    good, bad = labels == 0, labels == 1
-    missed = np.flatnonzero(bad & ~alarm)
+    alarm, good, defective = scores > run.threshold, labels == 0, labels == 1
+    threshold_text = f"threshold {run.threshold:.3f}"
+    missed = np.flatnonzero(defective & ~alarm)
     for k in missed[scores[missed].argsort()][:each]:
-        found.append(Failure(k, "missed", largest_region(truth[k]),
-                             f"scores {scores[k]:.3f} ({against}), less than "
+        cases.append(Failure(k, "missed", largest_region(truth[k]),
+                             f"scores {scores[k]:.3f} ({threshold_text}), less than "
                              f"{np.mean(scores[good] > scores[k]):.0%} of the good images"))
     false = np.flatnonzero(good & alarm)
     for k in false[scores[false].argsort()[::-1]][:each]:
-        found.append(Failure(k, "false alarm", largest_region(predicted[k]),
-                             f"a good image that scores {scores[k]:.3f} ({against}), more than "
-                             f"{np.mean(scores[bad] < scores[k]):.0%} of the defective ones"))
+        cases.append(Failure(k, "false alarm", largest_region(predicted[k]),
+                             f"a good image that scores {scores[k]:.3f} ({threshold_text}), more than "
+                             f"{np.mean(scores[defective] < scores[k]):.0%} of the defective "
+                             f"ones"))
     changed = F.interpolate(torch.from_numpy(run.maps["M_recon"])[:, None], truth.shape[1:],
                             mode="bilinear")[:, 0].numpy() > 0.01
     changed &= ~ndimage.binary_dilation(truth, np.ones((1, 9, 9)))
     areas = changed.mean((1, 2))
     for k in areas.argsort()[::-1][:each]:
         if areas[k]:
-            found.append(Failure(k, "restored, not annotated", largest_region(changed[k]),
+            cases.append(Failure(k, "restored, not annotated", largest_region(changed[k]),
                                  f"{areas[k]:.1%} of the image, outside the annotation, was "
                                  f"changed by more than a tenth of the grey range"))
-    caught = np.flatnonzero(bad & alarm)
-    overlap = (truth & predicted)[caught].sum((1, 2)) / np.maximum(
-        (truth | predicted)[caught].sum((1, 2)), 1)
-    for k, share in sorted(zip(caught, overlap), key=lambda pair: pair[1])[:each]:
+    detected = np.flatnonzero(defective & alarm)
+    overlap = (truth & predicted)[detected].sum((1, 2)) / np.maximum(
+        (truth | predicted)[detected].sum((1, 2)), 1)
+    for k, share in sorted(zip(detected, overlap), key=lambda pair: pair[1])[:each]:
         more, less = (predicted[k] & ~truth[k]).sum(), (truth[k] & ~predicted[k]).sum()
-        found.append(Failure(k, "masks disagree", largest_region(truth[k] ^ predicted[k]),
+        cases.append(Failure(k, "masks disagree", largest_region(truth[k] ^ predicted[k]),
                              f"predicted and true mask share {share:.0%} of their union: "
                              f"{more} pixels too many, {less} too few, of {truth[k].sum()}"))
-    return found
+    return cases

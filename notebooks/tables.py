@@ -1,4 +1,4 @@
-"""The tables of the notebooks: the paper's, ours, and Table 4's differences. No pictures."""
+"""The tables of the notebooks: the paper's, ours, and the differences of Table 4."""
 import csv
 import dataclasses
 import json
@@ -16,56 +16,64 @@ HERE = Path(__file__).parent
 
 def find_runs(name: str, runs: str) -> list[Path]:
     """Finished runs of TransFusion on a data set under the default names, one a category."""
-    found = []
+    folders = []
     for path in sorted((Path(runs).expanduser() / name).glob("*/metrics.json")):
         config = {"method": "transfusion",
                   **json.loads((path.parent / "config.json").read_text())}
         if config["name"] in ("", "notebook") and config["method"] == "transfusion":
-            found.append(path.parent)
-    return found
+            folders.append(path.parent)
+    return folders
 
 
 def paper_table(name: str) -> list[dict[str, str]]:
-    """A published table, notebooks/paper/NAME.csv, its first line (what it is) left out."""
+    """The rows of a published table, notebooks/paper/NAME.csv, without its first line, a title."""
     with open(HERE / "paper" / f"{name}.csv", newline="") as file:
         next(file)
         return list(csv.DictReader(file))
 
 
 def our_metrics(name: str, runs: str) -> dict[str, dict]:
-    """metrics.json of every category of a data set, and "crop", the model's pixels: from `runs`,
-    else from results/runs.csv (the first seed listed)."""
-    found = {}
+    """Our metrics of every category of a data set, and "crop", the side in pixels that is seen.
+
+    They come from metrics.json under `runs`, or else from results/runs.csv (its first seed).
+    """
+    metrics = {}
     with open(HERE.parent / "results" / "runs.csv", newline="") as file:
         for row in csv.DictReader(file):
             if row["data"] == name and "--name" not in row["command"]:
-                given = re.search(r"--crop (\d+)", row["command"])
-                usual = {**dataclasses.asdict(Settings()), **PRESETS[row["preset"]]}
-                found.setdefault(row["category"], {
-                    "preset": row["preset"], "crop": int(given[1]) if given else usual["crop"],
+                crop_flag = re.search(r"--crop (\d+)", row["command"])
+                preset = {**dataclasses.asdict(Settings()), **PRESETS[row["preset"]]}
+                metrics.setdefault(row["category"], {
+                    "preset": row["preset"],
+                    "crop": int(crop_flag[1]) if crop_flag else preset["crop"],
                     **{k: float(row[k]) for k in ("image_auroc", "aupro", "pixel_auroc",
                                                   "pixel_ap", "seconds_train") if row[k]}})
     for folder in find_runs(name, runs):
-        metrics = json.loads((folder / "metrics.json").read_text())
+        row = json.loads((folder / "metrics.json").read_text())
         config = json.loads((folder / "config.json").read_text())
-        found[metrics["category"]] = {"crop": config.get("crop"), **metrics}
-    return found
+        metrics[row["category"]] = {"crop": config.get("crop"), **row}
+    return metrics
 
 
-def ours_is(found: dict[str, dict]) -> str:
-    """The head of a column of our numbers: the presets, pixels and minutes of training."""
+def column_title(metrics: dict[str, dict]) -> str:
+    """The title of a column of our numbers: the presets, pixels and minutes of training.
+
+    metrics: of `our_metrics`.
+    """
     def span(values) -> str:
         values = sorted({round(v) for v in values if v is not None})
         return "-".join(map(str, values[:1] + values[1:][-1:])) or "?"
 
-    presets = "/".join(sorted({m.get("preset") or "?" for m in found.values()}))
-    minutes = (m["seconds_train"] / 60 for m in found.values() if m.get("seconds_train"))
-    return (f"ours: {presets} preset, {span(m.get('crop') for m in found.values())} px, "
-            f"{span(minutes)} min" if found else "ours: none run")
+    if not metrics:
+        return "ours: none run"
+    presets = "/".join(sorted({m.get("preset") or "?" for m in metrics.values()}))
+    minutes = (m["seconds_train"] / 60 for m in metrics.values() if m.get("seconds_train"))
+    return (f"ours: {presets} preset, {span(m.get('crop') for m in metrics.values())} px, "
+            f"{span(minutes)} min")
 
 
 class Table:
-    """Rows of text under a title, shown as HTML by Jupyter and as text elsewhere; `note` below."""
+    """Rows of text under a title and above a note. Jupyter shows them as HTML."""
 
     def __init__(self, title: str, columns: list[str], rows: list[list], note: str = ""):
         self.title, self.columns, self.note = title, columns, note
@@ -88,29 +96,32 @@ class Table:
 
 
 def ablation_runs(runs: str) -> list[list[dict]]:
-    """The rows of every table4-*.csv of tools/ablations.py under `runs` or in results/, a list a
-    category, and of all categories together for a data set that has several."""
+    """The rows of every table4-*.csv of tools/ablations.py under `runs` or in results/.
+
+    A list for each category, then one of all categories together for each data set with several.
+    """
     files = {path.name: path for folder in (HERE.parent / "results", Path(runs) / "ablations")
              for path in sorted(folder.glob("table4-*.csv"))}
-    found, by_data = [], {}
+    by_category, by_data = [], {}
     for path in files.values():
         with open(path, newline="") as file:
-            found.append(list(csv.DictReader(file)))
-        by_data.setdefault(found[-1][0]["data"], []).append(found[-1])
-    return found + [sum(each, []) for each in by_data.values() if len(each) > 1]
+            rows = list(csv.DictReader(file))
+        by_category.append(rows)
+        by_data.setdefault(rows[0]["data"], []).append(rows)
+    return by_category + [sum(each, []) for each in by_data.values() if len(each) > 1]
 
 
 def table4(rows: list[dict]) -> Table:
-    """Table 4 with the rows of tools/ablations.py beside the paper's.
+    """Table 4: the paper's differences to the full model, and ours, of tools/ablations.py's rows.
 
-    Differences to the full model in percentage points, image AUROC (det) and AUPRO (loc), of
-    several categories their average. Ours are to the mean over the full model's seeds, whose
-    standard deviation says what is noise: * marks a difference beyond it (Student's t, 95 %). Those
-    of another final mask are to the same model (the first seed), so there is no such noise in
-    them, marked =.
+    They are in percentage points of image AUROC (det) and AUPRO (loc); for several categories they
+    are averages. Ours are differences to the mean over the seeds of the full model. The standard
+    deviation over these seeds says what is noise; * marks a difference beyond it (Student's t,
+    95 %). A row with another final mask scores the same model as the first seed does, so its
+    difference to that seed has no such noise; = marks it.
     """
     def values(condition: str, key: str) -> np.ndarray:
-        """In %, a value a seed, averaged over the categories."""
+        """The average over the categories for each seed, in %."""
         seeds = {}
         for r in rows:
             if r["condition"] == condition:
@@ -118,7 +129,7 @@ def table4(rows: list[dict]) -> Table:
         return np.array([np.mean(each) for each in seeds.values()])
 
     def noise(seeds: np.ndarray) -> float:
-        """By how much a single run has to differ from the mean of these to count."""
+        """The difference of a single run to the mean of these that is no longer noise."""
         n = len(seeds)
         return stats.t.ppf(0.975, n - 1) * seeds.std(ddof=1) * np.sqrt(1 + 1 / n)
 
@@ -127,20 +138,20 @@ def table4(rows: list[dict]) -> Table:
     for paper in paper_table("table4_ablations"):
         cells = [paper[k] for k in ("mvtec_det", "mvtec_loc", "visa_det", "visa_loc")]
         for key, seeds in full.items():
-            found = values(paper["condition"], key)
+            ours = values(paper["condition"], key)
             base = seeds[0] if paper["group"] == "final mask" else seeds.mean()
             if not paper["flag"]:
                 cells.append(f"{seeds.mean():.1f} ± {seeds.std(ddof=1):.1f}")
-            elif not len(found):
+            elif not len(ours):
                 cells.append("not run")
             else:
                 mark = "=" if paper["group"] == "final mask" else \
-                    "*" if abs(found[0] - base) > noise(seeds) else ""
-                cells.append(f"{found[0] - base:+.1f}{mark}")
+                    "*" if abs(ours[0] - base) > noise(seeds) else ""
+                cells.append(f"{ours[0] - base:+.1f}{mark}")
         table.append([paper["group"], paper["condition"], *cells, paper["flag"]])
     names = sorted({r["category"] for r in rows})
-    ours = names[0] if len(names) == 1 else f"(average of {', '.join(names)})"
-    return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} {ours}, "
+    name = names[0] if len(names) == 1 else f"(average of {', '.join(names)})"
+    return Table(f"Table 4: differences in percentage points; ours on {rows[0]['data']} {name}, "
                  f"{rows[0]['step']} training steps",
                  ["group", "condition", "MVTec det", "MVTec loc", "VisA det", "VisA loc",
                   "ours det", "ours loc", "flag"], table,
@@ -153,6 +164,7 @@ MARKS = ("**", "__", "//")                          # first, second and third of
 
 
 def render(cell: str) -> str:
+    """A cell of `mark_best` as HTML: bold, underlined or italic."""
     for mark, tag in zip(MARKS, ("b", "u", "i")):
         if len(cell) > 4 and cell.startswith(mark) and cell.endswith(mark):
             return f"<{tag}>{escape(cell[2:-2])}</{tag}>"
@@ -160,8 +172,8 @@ def render(cell: str) -> str:
 
 
 def mark_best(cells: list[str]) -> list[str]:
-    """Numbers of one row, as "97.5" or "97.5 ± 2.0", with the first, second and third marked; equal
-    values share a place."""
+    """The cells of a row, as "97.5" or "97.5 ± 2.0", with the first, second and third value marked.
+    Equal values have the same mark."""
     values = [float(c.split()[0]) if c else None for c in cells]
     ranked = sorted({value for value in values if value is not None}, reverse=True)[:3]
     mark = dict(zip(ranked, MARKS))
@@ -170,6 +182,7 @@ def mark_best(cells: list[str]) -> list[str]:
 
 
 def percent(value: float | None) -> str:
+    """A fraction in %, "" for None."""
     return "" if value is None else f"{100 * value:.1f}"
 
 

@@ -82,8 +82,8 @@ def printable(name: str) -> str:
 
 # ---------------------------------------------------------------- the end of a command
 
-OUT_OF_MEMORY = ("error: the GPU's memory is full ({}); --recompute and a smaller --eval-batch take "
-                 "less, and so does a smaller --batch, for a training with another --name")
+OUT_OF_MEMORY = ("error: the GPU's memory is full ({}); --recompute and a smaller --eval-batch "
+                 "take less, and so does a smaller --batch, for a training with another --name")
 
 
 def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:

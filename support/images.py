@@ -105,6 +105,6 @@ def read_mask(path: Path) -> np.ndarray:
     values = values.reshape(*values.shape[:2], -1).max(-1)
     top = values.max(initial=0)
     with Image.open(path) as file:
-        lossy = file.format in LOSSY_FORMATS or file.info.get("compression") == "jpeg"          # a TIFF's
+        lossy = file.format in LOSSY_FORMATS or file.info.get("compression") == "jpeg"    # a TIFF's
     least = top / 2 if lossy else top / 10 if top > 127 else 0
     return values > least

@@ -88,10 +88,10 @@ def list_categories(data: str, root: Path) -> list[str]:
     Raises InputError when there are none, and says how to get them.
     """
     for folder in data_folders(data, root):
-        found = [p.name for p in visible(folder) if p.is_dir() and is_category(p)]
-        found = [name for name in CATEGORIES.get(data, found) if name in found]
-        if found:
-            return found
+        names = [p.name for p in visible(folder) if p.is_dir() and is_category(p)]
+        names = [name for name in CATEGORIES.get(data, names) if name in names]
+        if names:
+            return names
     if data in FOLDERS:
         raise InputError(
             f"no {data} data under {root}: python tools/download.py {data}, or get it from "
@@ -112,10 +112,10 @@ def find_category(data: str, name: str, root: Path) -> Category:
     Raises InputError for a name that is not there (with the nearest that is), an empty train
     folder, and masks and images that do not pair.
     """
-    known = list_categories(data, root)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+    names = list_categories(data, root)
+    if name not in names:
+        similar = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"there are: {', '.join(names)}"
         absent = " is not there" if name in CATEGORIES.get(data, []) else ""
         raise InputError(f"no category {name!r} in {data}{absent}; {hint}")
     path = next(folder / name for folder in data_folders(data, root) if is_category(folder / name))
@@ -159,9 +159,9 @@ def find_images(folder: Path) -> list[Path]:
 
 def unread_files(folder: Path, read: list[Path]) -> str:
     """Which files below a folder are not among those read: their number by suffix, or nothing."""
-    known = set(read)
+    read_files = set(read)
     left = Counter(p.suffix.lower() or "no suffix" for p in find_files(folder)
-                   if p not in known and p.name.lower() not in ("thumbs.db", "desktop.ini"))
+                   if p not in read_files and p.name.lower() not in ("thumbs.db", "desktop.ini"))
     names = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
     return f"{folder}: not read: {names}" if names else ""
 
@@ -190,22 +190,22 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
         if is_good(folder.name):
             test += [Item(p, 0, folder.name) for p in images]
             continue
-        masks, alone = {}, []
+        masks, unpaired = {}, []
         stems = Counter(p.relative_to(folder).with_suffix("") for p in images)
         for mask in find_images(truth / folder.name):
-            place = mask.relative_to(truth / folder.name)
-            stem = place.parent / place.stem.removesuffix("_mask")
+            relative = mask.relative_to(truth / folder.name)
+            stem = relative.parent / relative.stem.removesuffix("_mask")
             if stem in masks:
                 faults.append(f"{mask}: a second mask for {stem.name}, beside {masks[stem].name}; "
                               f"keep one of them")
             elif stem in stems:
                 masks[stem] = mask
-            elif place.parent in stems:
+            elif relative.parent in stems:
                 faults.append(f"{mask.parent}: a folder of several masks for an image, as in MVTec "
                               f"LOCO, which is not read; one mask an image, "
-                              f"{place.parent}_mask.png")
+                              f"{relative.parent}_mask.png")
             else:
-                alone.append(f"{mask}: a mask without its image")
+                unpaired.append(f"{mask}: a mask without its image")
         for image in images:
             stem = image.relative_to(folder).with_suffix("")
             if stem in masks and stems[stem] > 1:
@@ -216,12 +216,12 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
                               f"_mask.* and {stem.name}.*; add it, or move ground_truth away to "
                               f"go without any")
             test.append(Item(image, 1, folder.name, masks.get(stem)))
-        faults += alone
+        faults += unpaired
     faults += [f"{mask}: a mask without its image" for folder in visible(truth)
                if not is_good(folder.name) and not (path / "test" / folder.name).is_dir()
                for mask in find_images(folder)]
-    known = {"train", "test", "ground_truth"}
-    others = [p.name for p in visible(path) if p.is_dir() and p.name not in known
+    standard = {"train", "test", "ground_truth"}
+    others = [p.name for p in visible(path) if p.is_dir() and p.name not in standard
               and find_images(p)]
     if others:
         notes.append(f"{path}: not read: {', '.join(others)}; images are taken from train/good and "
@@ -233,9 +233,9 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
 
 def labels_among_images(images: list[Path]) -> list[str]:
     """A fault for labels that lie among the images they belong to, as 000_GT.png beside 000.png."""
-    known = set(p.with_suffix("") for p in images)
+    stems = set(p.with_suffix("") for p in images)
     labels = [p for p in images if LABEL.search(p.stem)
-              and p.parent / LABEL.sub("", p.stem) in known]
+              and p.parent / LABEL.sub("", p.stem) in stems]
     return [f"{labels[0]}: looks like the label of the image beside it, not like a part (as do "
             f"{len(labels) - 1} more there); move labels to another folder, those of "
             f"test images to ground_truth"] if labels else []
@@ -253,15 +253,15 @@ def read_visa(data: str, name: str, path: Path) -> Category:
         for row in rows:
             image, normal = path.parent / row["image"], row["label"] == "normal"
             mask = None if normal or row["split"] == "train" else path.parent / row["mask"]
-            gone = [p for p in (image, mask) if p and not p.is_file()]
-            faults += [f"{p}: in VisA's table, but not there" for p in gone]
-            if image in gone:
+            missing = [p for p in (image, mask) if p and not p.is_file()]
+            faults += [f"{p}: in VisA's table, but not there" for p in missing]
+            if image in missing:
                 continue
             if row["split"] == "train":
                 train.append(image)
             else:
                 test.append(Item(image, 0 if normal else 1, "good" if normal else "bad",
-                                 None if mask in gone else mask))
+                                 None if mask in missing else mask))
     except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: not VisA's table object,split,label,image,mask ({error!r})")
     return Category(data, name, path, train, test, faults=faults)
@@ -273,6 +273,6 @@ def is_texture(data: str, name: str) -> bool:
     return data == "mvtec" and name in TEXTURES
 
 
-def root_folder(given: str = "") -> Path:
-    """Where data lies: the folder given, else the environment's TRANSFUSION_DATA, else ./data."""
-    return Path(given or os.environ.get("TRANSFUSION_DATA", "data")).expanduser()
+def root_folder(folder: str = "") -> Path:
+    """Where data lies: this folder, or the environment's TRANSFUSION_DATA, or ./data."""
+    return Path(folder or os.environ.get("TRANSFUSION_DATA", "data")).expanduser()

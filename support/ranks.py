@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from datetime import timedelta
 
+from support.console import InputError
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 
 
@@ -39,9 +41,18 @@ def silence_others() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def join(device: str) -> str:
-    """Meet the other processes. Returns the device of this one: on GPUs, each has its own."""
+def join(device: str, batch: int) -> str:
+    """Meet the other processes, if there are any. Returns the device of this one.
+
+    On GPUs each has its own. Raises InputError for a batch that the ranks cannot share evenly, half
+    of it anomalous.
+    """
+    if COUNT == 1:
+        return device
     import torch
+    if batch % (2 * COUNT):
+        raise InputError(f"--batch {batch}: {COUNT} processes share it evenly, half of it "
+                         f"anomalous, only if it is a multiple of {2 * COUNT}")
     on_gpu = device.startswith("cuda")
     if on_gpu:
         device = f"cuda:{LOCAL_RANK}"

@@ -37,3 +37,11 @@ def print_next_steps(folders: list[Path], data_root: Path) -> None:
             break
     photos = os.path.relpath(test) if test.is_relative_to(Path.cwd()) else test
     print(f"next: python predict.py {first} {photos if test.is_dir() else 'PHOTOS'} --out found/")
+
+
+def print_threshold_check(results: dict) -> None:
+    """Print how a threshold from normal images fares on the test set. results: of metrics.json."""
+    print(f"  at that threshold the test set's F1 is {100 * results['image_f1']:.1f} %; the best "
+          f"threshold for this very test set would give {100 * results['image_f1max']:.1f} %")
+    print(f"  the test set's defective images against the held-out normal ones: an AUROC of "
+          f"{100 * results['image_auroc_held_out']:.1f} %")

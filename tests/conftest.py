@@ -12,7 +12,7 @@ import torch
 import demo
 import evaluate
 import train
-from helpers import argv_for, write_parts
+from helpers import argv_for, mvtec_tree, write_parts
 
 torch.set_num_threads(1)        # most models here are so small that two threads wait for each other
 
@@ -44,6 +44,12 @@ def parts(tmp_path) -> Path:
     """A small category of the user's own, parts/bolt, as the current folder's neighbour."""
     write_parts(tmp_path)
     return tmp_path / "parts"
+
+
+@pytest.fixture
+def bolt(tmp_path) -> Path:
+    """A category of four good training images, a good one and two defective ones for the test."""
+    return mvtec_tree(tmp_path / "parts" / "bolt")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What several test modules share: small data, small models, commands and what they leave behind."""
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from scipy import ndimage
 
 import data
 import metrics
+import predict
 import train
+from settings import Settings
 from support import layouts
 from transfusion import TransFusion
 
@@ -86,12 +89,48 @@ def write_parts(folder: Path) -> None:
         png(root / f"ground_truth/dent/{k}_mask.png", mask)
 
 
+def settings_for(category: Path, **changes) -> Settings:
+    """Settings of a tiny run of a category's folder."""
+    return Settings(data=str(category.parent), category=category.name, root=str(category.parent),
+                    resize=16, crop=16, foreground="none", **changes)
+
+
+def write_photos(folder: Path, count: int = 2) -> Path:
+    """Photos to inspect: 0.png, 1.png ..."""
+    for k in range(count):
+        png(folder / f"{k}.png", picture(50 * k, 40))
+    return folder
+
+
 # ---------------------------------------------------------------- commands
+
+def run_predict(run, *argv) -> int:
+    """predict.py with one network call an image. Returns its exit status."""
+    return predict.main([str(run), *map(str, argv), "--device", "cpu", "--infer-steps", "1"])
+
 
 def argv_for(parts: Path, *more: str) -> list[str]:
     """Arguments of a tiny training of parts/bolt; its folder is parts/../runs/parts/bolt."""
     return ["--data", str(parts), "--category", "bolt", "--out", str(parts.parent / "runs"), *TINY,
             "--steps", "3", "--root", str(parts.parent), *more]
+
+
+def run_of(parts: Path, name: str = "") -> Path:
+    """The folder of the run that `argv_for` makes, or of the one with this --name."""
+    return parts.parent / "runs" / "parts" / "-".join(filter(None, ("bolt", name)))
+
+
+def interrupt(monkeypatch, batch: int) -> None:
+    """Let Ctrl-C arrive while a training makes this batch of its own, counted from 1."""
+    make_batch, steps = train.make_batch, []
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == batch:
+            signal.raise_signal(signal.SIGINT)
+        return make_batch(*args)
+
+    monkeypatch.setattr(train, "make_batch", interrupted)
 
 
 def refused(capsys, argv: list[str], *expected: str, command=train.main) -> None:

@@ -1,14 +1,14 @@
-"""Table 4: what ablations.py trains, keeps and prints."""
-import csv
+"""Table 4: the trainings of ablations.py, its files and its table."""
 import json
 import shutil
 
 import pytest
 
 import ablations
+import evaluate
 import tables
 import train
-from test_train import argv_for, parts  # noqa: F401
+from helpers import argv_for, rows_of
 
 
 def test_the_papers_rows_and_the_full_models_seeds():
@@ -17,23 +17,22 @@ def test_the_papers_rows_and_the_full_models_seeds():
     assert [seed for _, _, seed in ablations.conditions()][:4] == ["0", "1", "2", "0"]
 
 
-def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
+def test_a_table_is_made_once(parts, monkeypatch, capsys):
     rows = [row for row in ablations.conditions() if row[1] in ("", "--no-pe", "--T 5",
                                                                "--final-mask recon")]
     monkeypatch.setattr(ablations, "conditions", lambda: rows)
     argv = argv_for(parts, "--steps", "2", "--infer-steps", "1")
     assert ablations.main(argv) == 0
     folder = parts.parent / "runs"
-    with open(folder / "table4-parts-bolt.csv", newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [r["condition"] for r in found] == 3 * ["full model"] + ["without PE", "only M_recon",
+    table = rows_of(folder / "table4-parts-bolt.csv")
+    assert [r["condition"] for r in table] == 3 * ["full model"] + ["without PE", "only M_recon",
                                                                     "5 steps"]
     runs = {path.parent.name for path in (folder / "parts").glob("*/metrics.json")}
     assert runs == {"bolt-seed-0", "bolt-seed-1", "bolt-seed-2", "bolt-no-pe", "bolt-T-5"}
     assert (folder / "parts" / "bolt-seed-0" / "metrics-final_maskrecon.json").exists()
 
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(train, "write_results", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(evaluate, "write_results", lambda *_: pytest.fail("scored again"))
     capsys.readouterr()
     assert ablations.main(argv) == 0
     assert "Table 4" in capsys.readouterr().out
@@ -42,7 +41,7 @@ def test_a_table_is_made_once(parts, monkeypatch, capsys):  # noqa: F811
 @pytest.mark.parametrize("flags, expected", [
     (["--seed", "1"], "--seed"), (["--eval"], "--eval"), (["--category", ""], "--category"),
     (["--category", "blot"], "bolt")])
-def test_what_would_fail_later_is_refused_first(parts, flags, expected, capsys):  # noqa: F811
+def test_mistakes_are_refused_before_the_first_training(parts, flags, expected, capsys):
     assert ablations.main(argv_for(parts, *flags)) == 2
     assert expected in capsys.readouterr().err
     shutil.rmtree(parts / "bolt" / "ground_truth")
@@ -65,17 +64,17 @@ def test_differences_are_to_the_mean_of_the_seeds():
     assert by_condition["TransFusion"] == ["85.0 ± 7.1", "60.0 ± 14.1"]
     assert by_condition["root"] == ["not run", "not run"]
     assert "ours on demo gear" in table.title
-    other = [{**row, "category": "fabric", "image_auroc": float(row["image_auroc"]) - 0.1,
-              "aupro": float(row["aupro"]) + 0.05 * (row["condition"] == "without PE")}
-             for row in rows]                                            # of each row the average
-    table = tables.table4(rows + other)
+    fabric = [{**row, "category": "fabric", "image_auroc": float(row["image_auroc"]) - 0.1,
+               "aupro": float(row["aupro"]) + 0.05 * (row["condition"] == "without PE")}
+              for row in rows]
+    table = tables.table4(rows + fabric)                                 # averages of both
     by_condition = {row[1]: row[6:8] for row in table.rows}
     assert by_condition["without PE"] == ["-5.0", "+7.5"]
     assert by_condition["TransFusion"] == ["80.0 ± 7.1", "60.0 ± 14.1"]
     assert "average of fabric, gear" in table.title
 
 
-def test_what_is_beyond_the_noise_is_marked():
+def test_differences_beyond_the_noise_are_marked():
     """Three seeds of 89, 90 and 91 %: a deviation of 1, so 4.303 sqrt(4 / 3) = 4.97 points count."""
     def row(condition, seed, value):
         return {"data": "demo", "category": "gear", "step": 1, "condition": condition,
@@ -88,17 +87,17 @@ def test_what_is_beyond_the_noise_is_marked():
     assert "5.0 points det" in tables.table4(rows).note
 
 
-def test_all_categories_give_a_table_each_and_their_average(parts, monkeypatch, capsys):  # noqa: F811
+def test_all_categories_give_a_table_each_and_their_average(parts, monkeypatch, capsys):
     shutil.copytree(parts / "bolt", parts / "nut")
     monkeypatch.setattr(ablations, "conditions", lambda: [("full model", "", "0"),
                                                           ("only M_1", "--final-mask last", "0")])
     argv = argv_for(parts, "--steps", "2", "--T", "5", "--infer-steps", "0")
     argv[argv.index("bolt")] = "all"
     assert ablations.main(argv) == 0
-    said = capsys.readouterr().out
-    assert said.index("2 x 1 trainings, bolt nut") < said.index("--- bolt, 1 of 2")
+    printed = capsys.readouterr().out
+    assert printed.index("2 x 1 trainings, bolt nut") < printed.index("--- bolt, 1 of 2")
     assert {p.name for p in (parts.parent / "runs").glob("*.csv")} == {"table4-parts-bolt.csv",
                                                                       "table4-parts-nut.csv"}
-    assert said.index("average of bolt, nut") > said.index("table4-parts-nut.csv")
+    assert printed.index("average of bolt, nut") > printed.index("table4-parts-nut.csv")
     metrics = parts.parent / "runs/parts/nut-seed-0/metrics-final_masklast.json"
     assert json.loads(metrics.read_text())["infer_steps"] == 5           # so that M_last is M_1

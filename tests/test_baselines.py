@@ -1,7 +1,5 @@
 """The other methods: their equations against plain loops, and all of them through one loop."""
-import csv
 import dataclasses
-import json
 import math
 import random
 
@@ -11,16 +9,19 @@ import torch
 import torchvision
 from torch import Tensor
 
+import import_authors
 import predict
 import runs
 import settings
 import train
-from baselines import anoddpm, common, d3ad, diffad, draem
+from baselines import METHODS, anoddpm, common, d3ad, draem
 from evaluate import final_maps, image_scores
-from baselines import METHODS, presets
-from test_train import argv_for, parts  # noqa: F401
+from helpers import argv_for, refused, rows_of
+from support.console import InputError
+from support.files import read_json
+from transfusion import TransFusion
 
-OTHERS = [name for name in METHODS if presets(name) is not None]
+OTHERS = [name for name, entry in METHODS.items() if entry.presets is not None]
 TINY = ["--preset", "quick", "--category", "fabric", "--crop", "32", "--resize", "32", "--channels",
         "16", "--batch", "4", "--precision", "float32", "--device", "cpu"]
 
@@ -42,25 +43,22 @@ def test_a_run_of_another_method_has_a_folder_of_its_own():
 
 
 def test_stages_share_the_steps():
-    model = torch.nn.Module()
-    assert train.find_stage(model, 7, 10) == (0, 7, 10)
-    model.STAGES = (0.4, 0.8, 1.0)
-    found = [train.find_stage(model, step, 10) for step in range(10)]
-    assert [stage for stage, _, _ in found] == [0] * 4 + [1] * 4 + [2] * 2
-    assert [place for _, place, _ in found] == [0, 1, 2, 3] * 2 + [0, 1]
-    assert [length for _, _, length in found] == [4] * 8 + [2] * 2
+    assert train.find_stage((1.0,), 7, 10) == (0, 7, 10)
+    places = [train.find_stage((0.4, 0.8, 1.0), step, 10) for step in range(10)]
+    assert [stage for stage, _, _ in places] == [0] * 4 + [1] * 4 + [2] * 2
+    assert [step_in_stage for _, step_in_stage, _ in places] == [0, 1, 2, 3] * 2 + [0, 1]
+    assert [stage_steps for _, _, stage_steps in places] == [4] * 8 + [2] * 2
 
 
 def test_a_checkpoint_without_a_method_is_transfusions(tmp_path):
-    s = settings.Settings(channels=8)
-    runs.save_checkpoint(tmp_path / "last.pt", s, runs.build_model(s), None, None,
-                         runs.new_progress())
+    s = settings.Settings(channels=8, device="cpu")
+    runs.new_run(tmp_path, s, None, runs.build_model(s)).save()
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["settings"]["method"]
     torch.save(state, tmp_path / "last.pt")
     model, s, _ = runs.load_model(tmp_path / "last.pt", torch.device("cpu"))
-    assert s.method == "transfusion" and isinstance(model, train.TransFusion)
-    with pytest.raises(settings.InputError, match="^method later: not known here"):
+    assert s.method == "transfusion" and isinstance(model, TransFusion)
+    with pytest.raises(InputError, match="^method later: not known here"):
         runs.build_model(dataclasses.replace(s, method="later"))
 
 
@@ -73,13 +71,15 @@ def test_a_checkpoint_without_a_method_is_transfusions(tmp_path):
     (["--method", "draem", "--preset", "authors"], "--preset authors: --method draem has paper"),
 ])
 def test_flags_that_mean_nothing_to_a_method_are_refused(argv, message):
-    with pytest.raises(settings.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         settings.parse(argv)
 
 
-def test_the_authors_weights_are_transfusions():
-    with pytest.raises(settings.InputError, match="--weights a.pt: the authors' weights are Tr"):
-        train.start_model(tiny("draem")[1], "a.pt")
+def test_weights_of_the_authors_are_refused_for_another_method(capsys, tmp_path):
+    folder = tmp_path / "demo" / "fabric-draem-theirs"
+    refused(capsys, ["a.pt", str(folder), "--method", "draem", *TINY],
+            "--method draem: the authors' weights are TransFusion's", command=import_authors.main)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("method", OTHERS)
@@ -88,7 +88,7 @@ def test_every_preset_can_be_built(method, preset):
     s, _ = settings.parse(["--data", "mvtec", "--method", method, "--preset", preset,
                            "--device", "cpu"])
     with torch.device("meta"):
-        model = METHODS[method](s)
+        model = METHODS[method].build(s)
     assert model.path(s.infer_steps)[-1] == 0
     if (method, preset) == ("draem", "paper"):                    # as counted in the authors' code
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 97.4
@@ -115,8 +115,8 @@ def test_ddim_keeps_the_noise_and_lowers_its_level():
     x_t = common.noised(x, eps, abar[500])
     torch.testing.assert_close(x_t, abar[500] ** 0.5 * x + (1 - abar[500]) ** 0.5 * eps)
     torch.testing.assert_close(common.clean_estimate(x_t, eps, abar[500]), x, atol=1e-5, rtol=1e-4)
-    there = common.ddim_step(x_t, x, abar[500], abar[300])
-    torch.testing.assert_close(there, common.noised(x, eps, abar[300]), atol=1e-5, rtol=1e-4)
+    x_prev = common.ddim_step(x_t, x, abar[500], abar[300])
+    torch.testing.assert_close(x_prev, common.noised(x, eps, abar[300]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(common.ddim_step(x_t, x, abar[500], abar[0]), x)
 
 
@@ -133,7 +133,7 @@ def test_the_u_net_predicts_nothing_at_first_and_sees_t():
 
 def test_latents_are_taken_to_mean_0_and_variance_1_and_back():
     torch.manual_seed(0)
-    method, vae, x = common.Method(False), common.VAE(8, (1, 2, 2)), torch.rand(4, 3, 32, 32)
+    method, vae, x = common.Baseline(False), common.VAE(8, (1, 2, 2)), torch.rand(4, 3, 32, 32)
     for _ in range(200):
         vae.loss(method, x)
     z = vae.encode(method, x)
@@ -142,15 +142,15 @@ def test_latents_are_taken_to_mean_0_and_variance_1_and_back():
     torch.testing.assert_close(vae.decode(method, z), vae.decoder(vae.encoder(x)[-1][:, :4]))
 
 
-def test_the_codecs_loss():
+def test_the_loss_of_the_autoencoder():
     """Against a plain sum, with a decoder that ignores the latent and an encoder of one value."""
-    method, vae = common.Method(False), common.VAE(8, (1, 2))
+    method, vae = common.Baseline(False), common.VAE(8, (1, 2))
     for parameter in [*vae.encoder.end.parameters(), *vae.decoder[-1].parameters()]:
         torch.nn.init.zeros_(parameter)
     vae.encoder.end.bias.data = torch.tensor([2.0, 0, 0, 0, math.log(4), 0, 0, 0])
-    found = vae.loss(method, torch.zeros(2, 3, 16, 16))               # decoded: 0, so L1 = SSIM = 0
+    loss = vae.loss(method, torch.zeros(2, 3, 16, 16))                # decoded: 0, so L1 = SSIM = 0
     kl = 8 * 8 * ((2 ** 2 - 0) / 2 + (4 - 1 - math.log(4)) / 2)
-    assert found.item() == pytest.approx(1e-6 * kl, rel=1e-2)
+    assert loss.item() == pytest.approx(1e-6 * kl, rel=1e-2)
 
 
 # ---------------------------------------------------------------- DRAEM
@@ -171,9 +171,9 @@ def test_draem_eq_1_2_reconstruction_loss():
                 cov = (window * (p - mp) * (q - mq)).sum()
                 values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4)
                               / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
-    want = 1 - np.mean(values) + ((a - b) ** 2).mean()
+    expected = 1 - np.mean(values) + ((a - b) ** 2).mean()
     x, x_r = (torch.tensor(2 * image - 1)[None] for image in (a, b))
-    assert draem.reconstruction_loss(x, x_r).item() == pytest.approx(want, rel=1e-6)
+    assert draem.reconstruction_loss(x, x_r).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_draem_eq_3_focal_loss():
@@ -195,11 +195,11 @@ def test_draem_eq_4_the_damaged_image():
     torch.testing.assert_close(opacity, torch.tensor([0.1, 0.1 + 0.9 * 499 / 999, 1.0]))
     x, A = torch.rand(2, 1, 3, 2, 2)
     M = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]])
-    found = draem.damaged_image(x, A, M, torch.tensor(0.3))
+    damaged = draem.damaged_image(x, A, M, torch.tensor(0.3))
     for i in range(2):
         for j in range(2):
-            want = 0.7 * x[..., i, j] + 0.3 * A[..., i, j] if i != j else x[..., i, j]
-            torch.testing.assert_close(found[..., i, j], want)
+            expected = 0.7 * x[..., i, j] + 0.3 * A[..., i, j] if i != j else x[..., i, j]
+            torch.testing.assert_close(damaged[..., i, j], expected)
 
 
 def test_draem_the_segmenters_loss_reaches_the_reconstruction():
@@ -215,10 +215,10 @@ def test_draem_eq_5_score():
     s = settings.Settings(lam=1.0, kernel=3)
     M_o = torch.rand(1, 1, 6, 6)
     padded = torch.nn.functional.pad(M_o, (1, 1, 1, 1))[0, 0]
-    want = max(padded[i:i + 3, j:j + 3].sum().item() / 9 for i in range(6) for j in range(6))
+    expected = max(padded[i:i + 3, j:j + 3].sum().item() / 9 for i in range(6) for j in range(6))
     maps = {name: M_o[:, 0].numpy() for name in ("M_disc", "M_last")}
     maps["M_recon"] = 0 * maps["M_disc"]
-    assert image_scores(final_maps(maps, s)).tolist() == pytest.approx([want])
+    assert image_scores(final_maps(maps, s)).tolist() == pytest.approx([expected])
 
 
 # ---------------------------------------------------------------- AnoDDPM
@@ -228,9 +228,9 @@ def test_anoddpm_simplex_noise_against_a_plain_loop():
     torch.manual_seed(0)
     angles = torch.rand(1, 8, 8) * 2 * math.pi
     points = torch.rand(200, 2) * 20 - 10
-    found = anoddpm.simplex_noise(points[None, :, 0], points[None, :, 1], angles)[0]
+    noise = anoddpm.simplex_noise(points[None, :, 0], points[None, :, 1], angles)[0]
     F, G = (math.sqrt(3) - 1) / 2, (3 - math.sqrt(3)) / 6
-    for (u, v), value in zip(points.tolist(), found.tolist()):
+    for (u, v), value in zip(points.tolist(), noise.tolist()):
         a, b = u + (u + v) * F, v + (u + v) * F                    # skewed
         i, j = math.floor(a), math.floor(b)
         second = (i + 1, j) if a - i > b - j else (i, j + 1)
@@ -269,13 +269,13 @@ def test_anoddpm_eq_d_e_is_the_posterior_of_two_gaussians():
         a, b = abar[t], abar[t_prev]
         x_0 = (x_t / a.sqrt() - (1 / a - 1).sqrt() * eps).clamp(-1, 1)
         beta = 1 - a / b
-        found = anoddpm.reverse_step(x_t, eps, a, b, n)
+        x_prev = anoddpm.reverse_step(x_t, eps, a, b, n)
         if t_prev == 0:
-            torch.testing.assert_close(found, x_0)
+            torch.testing.assert_close(x_prev, x_0)
             continue
         precision = 1 / (1 - b) + (1 - beta) / beta
         mean = (b.sqrt() * x_0 / (1 - b) + (1 - beta).sqrt() * x_t / beta) / precision
-        torch.testing.assert_close(found, mean + beta.sqrt() * n)
+        torch.testing.assert_close(x_prev, mean + beta.sqrt() * n)
 
 
 def test_anoddpm_eq_c_and_f(monkeypatch):
@@ -290,8 +290,8 @@ def test_anoddpm_eq_c_and_f(monkeypatch):
     assert model.losses(x, None, None, None, torch.tensor([1, 250]))["loss"] == 0
     monkeypatch.setattr(model, "run", lambda net, x_t, t: (
         x_t - model.abar[t[0]].sqrt() * x) / (1 - model.abar[t[0]]).sqrt())
-    found = model.restore(x, 5)
-    torch.testing.assert_close(found.x_0, x, atol=1e-4, rtol=1e-3)
+    restored = model.restore(x, 5)
+    torch.testing.assert_close(restored.x_0, x, atol=1e-4, rtol=1e-3)
     monkeypatch.setattr(model, "run", lambda net, x_t, t: (
         x_t - model.abar[t[0]].sqrt() * (x + 0.1)) / (1 - model.abar[t[0]]).sqrt())
     error = model.restore(x, 5).M_recon
@@ -308,9 +308,9 @@ def latents(*shape: int) -> Tensor:
 def test_diffad_eq_5_the_noisy_condition():
     c, eps, t_c = latents(), latents().flip(0), torch.tensor([1, 700])
     model, _ = tiny("diffad")
-    found = model.noisy_condition(c, eps, t_c)
+    noisy = model.noisy_condition(c, eps, t_c)
     for k, t in enumerate(t_c):
-        torch.testing.assert_close(found[k], model.abar[t] ** 0.5 * c[k]
+        torch.testing.assert_close(noisy[k], model.abar[t] ** 0.5 * c[k]
                                    + (1 - model.abar[t]) ** 0.5 * eps[k])
     assert torch.equal(tiny("diffad", "--variant", "c")[0].noisy_condition(c, eps, t_c), c)
 
@@ -321,7 +321,7 @@ def test_diffad_eq_6_loss(monkeypatch):
     z, c, seen = latents(), latents().flip(1), []
     monkeypatch.setattr(model, "run", lambda net, x, t: seen.append((x, t)) or x[:, :4] + x[:, 4:])
     torch.manual_seed(5)
-    found = model.diffusion_loss(z, c)
+    loss = model.diffusion_loss(z, c)
     torch.manual_seed(5)
     t, t_c = torch.randint(1, 1001, (2, 2))
     eps, eps_c = torch.randn_like(z), torch.randn_like(z)
@@ -331,7 +331,7 @@ def test_diffad_eq_6_loss(monkeypatch):
         noisy = model.abar[t_c[k]] ** 0.5 * c[k] + (1 - model.abar[t_c[k]]) ** 0.5 * eps_c[k]
         eps_theta = model.abar[t[k]] ** 0.5 * (z_t + noisy) + (1 - model.abar[t[k]]) ** 0.5 * z_t
         total += (eps_theta - eps[k]).square().mean().item() / 2
-    assert found.item() == pytest.approx(total, rel=1e-5) and torch.equal(seen[0][1], t)
+    assert loss.item() == pytest.approx(total, rel=1e-5) and torch.equal(seen[0][1], t)
 
 
 def test_diffad_generates_what_is_predicted(monkeypatch):
@@ -345,8 +345,8 @@ def test_diffad_generates_what_is_predicted(monkeypatch):
         return (abar.sqrt() * x[:, :4] - z) / (1 - abar).sqrt()     # v: z = sqrt(abar) z_t - ...
 
     monkeypatch.setattr(model, "run", perfect)
-    found = model.generate(c, latents(1, 4, 8, 8), model.path())
-    torch.testing.assert_close(found, z, atol=1e-4, rtol=1e-4)
+    generated = model.generate(c, latents(1, 4, 8, 8), model.path())
+    torch.testing.assert_close(generated, z, atol=1e-4, rtol=1e-4)
     assert t_seen == [801, 601, 401, 201, 1] and model.path(4) == [751, 501, 251, 1, 0]
     assert model.path(1000) == list(range(1000, -1, -1))
     with pytest.raises(ValueError, match="1001 inference steps"):
@@ -393,16 +393,16 @@ def test_d3ad_eq_8_guidance_pulls_the_clean_estimate_to_the_input():
     z_t, eps, z_0 = latents(3, 1, 4, 8, 8).double()
     abar = common.noise_schedule(0.0015, 0.0195).double()[60]
     g = 4 * (1 - abar)
-    found = common.clean_estimate(z_t, d3ad.guided(eps, z_t, z_0, abar, 4.0), abar)
-    torch.testing.assert_close(found, (1 - g) * common.clean_estimate(z_t, eps, abar) + g * z_0)
+    guided = common.clean_estimate(z_t, d3ad.guided(eps, z_t, z_0, abar, 4.0), abar)
+    torch.testing.assert_close(guided, (1 - g) * common.clean_estimate(z_t, eps, abar) + g * z_0)
 
 
 def test_d3ad_algorithm_2_levels():
     """Bins 0..10 of even width over the training distances, and what lies beyond."""
-    levels = [20, 20, 20, 20, 30, 40, 50, 60, 60, 70, 80, 80]
+    expected = [20, 20, 20, 20, 30, 40, 50, 60, 60, 70, 80, 80]
     inside = [5.0, 5.5, 6.5, 7.5, 8.5, 9.5, 10.5, 11.5, 12.5, 13.5, 14.5, 99.0]    # low 5, high 15
-    found = d3ad.level(torch.tensor(inside), torch.tensor(5.0), torch.tensor(15.0))
-    assert found.tolist() == levels
+    levels = d3ad.level(torch.tensor(inside), torch.tensor(5.0), torch.tensor(15.0))
+    assert levels.tolist() == expected
     assert d3ad.level(torch.tensor([1.0]), torch.tensor(5.0), torch.tensor(15.0)).item() == 20
 
 
@@ -427,15 +427,16 @@ def test_d3ad_algorithm_1_and_eq_12(monkeypatch):
     for omega in ("0", "0.5"):
         model, _ = tiny("d3ad", "--guidance", "0", "--omega", omega)
         monkeypatch.setattr(model, "run", lambda net, z, t: seen.append(t.tolist()) or 0 * z)
-        found = model.reconstruct(z_0, T)
+        reconstructed = model.reconstruct(z_0, T)
         for k in range(2):
             start = z_0[k] + float(omega) * ((1 - model.abar[T[k]]) / model.abar[T[k]]).sqrt() \
                 * model.noise[0]
-            torch.testing.assert_close(found[k], start, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(reconstructed[k], start, atol=1e-5, rtol=1e-4)
     assert seen[:10] == [[20 - 2 * k, 80 - 8 * k] for k in range(10)]
     held, _ = tiny("d3ad", "--omega", "1", "--guidance", "4")
     monkeypatch.setattr(held, "run", lambda net, z, t: 0 * z)
-    assert (held.reconstruct(z_0, T) - z_0).abs().mean() < 0.9 * (found * 2 - z_0 * 2).abs().mean()
+    free = (reconstructed * 2 - z_0 * 2).abs().mean()
+    assert (held.reconstruct(z_0, T) - z_0).abs().mean() < 0.9 * free
 
 
 def test_d3ad_eq_9_and_10(monkeypatch):
@@ -462,20 +463,20 @@ def test_d3ad_ranges_and_neighbours_come_from_training_images():
     model, _ = tiny("d3ad")
     torch.nn.init.normal_(model.net.end[2].weight, 0, 0.1)
     images = torch.rand(12, 3, 32, 32) * 2 - 1
-    model.prepare(images)
-    assert model.count == 12 and len(model.bank) == 256
+    model.after_training(images)
+    assert model.count == 12 and len(model.bank) == d3ad.BANK_SIZE == 256
     pooled = model.pooled(model.features(images))
     distances = model.distance(pooled, 1)
     assert torch.equal(model.distances, torch.stack([distances.min(), distances.max()]))
     parts = [model.compare(x[None], d3ad.level(d[None], *model.distances), 10)[1:]
              for x, d in zip(images, distances)]
     for limits, part in zip(model.ranges, zip(*parts)):
-        want = torch.stack([torch.cat(part).min(), torch.cat(part).max()])
-        torch.testing.assert_close(limits, want, atol=1e-5, rtol=1e-3)
-    found = model.restore(images[:1])
+        expected = torch.stack([torch.cat(part).min(), torch.cat(part).max()])
+        torch.testing.assert_close(limits, expected, atol=1e-5, rtol=1e-3)
+    restored = model.restore(images[:1])
     T = d3ad.level(model.distance(pooled[:1]), *model.distances)
     L, Fs = model.compare(images[:1], T, 10)[1:]
-    for part, map_, (low, high) in zip((L, Fs), (found.M_disc, found.M_recon), model.ranges):
+    for part, map_, (low, high) in zip((L, Fs), (restored.M_disc, restored.M_recon), model.ranges):
         torch.testing.assert_close(map_, (part - low) / (high - low))
     other = torch.cat([images[:1], torch.rand(1, 3, 32, 32)])
     torch.testing.assert_close(model.restore(other).M_disc[0], model.restore(images[:1]).M_disc[0])
@@ -485,7 +486,7 @@ def test_d3ad_features_of_a_resnet(tmp_path):
     """Those of torchvision's own forward, in train.py from a file, later from the checkpoint."""
     file = tmp_path / "resnet34.pth"
     missing = ["--method", "d3ad", "--resnet34", str(file)]
-    with pytest.raises(settings.InputError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         settings.parse(missing)
     torch.manual_seed(1)
     net = torchvision.models.resnet34().eval()
@@ -496,92 +497,88 @@ def test_d3ad_features_of_a_resnet(tmp_path):
         layer.register_forward_hook(lambda module, args, out: seen.append(out))
     mean, std = (torch.tensor(v)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225)))
     net((x / 2 + 0.5 - mean) / std)
-    for found, wanted in zip(model.features(x), seen, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for features, expected in zip(model.features(x), seen, strict=True):
+        torch.testing.assert_close(features, expected)
 
     first = net.state_dict()["conv1.weight"]
-    model.prepare(x)
+    model.after_training(x)
     adapted = model.phi.state_dict()["conv1.weight"].clone()
     assert not torch.equal(adapted, first)
-    model.prepare(x)                                       # from the file again, not further
+    model.after_training(x)                                       # from the file again, not further
     torch.testing.assert_close(model.phi.state_dict()["conv1.weight"], adapted)
     file.unlink()
     other = runs.build_model(s).eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other.restore(x[:2]).M_recon, model.restore(x[:2]).M_recon)
     with pytest.raises(ValueError, match="resnet34.pth: gone since"):
-        model.prepare(x)
+        model.after_training(x)
     torch.save({"conv1.weight": first}, file)
-    with pytest.raises(settings.InputError, match="not the weights of torchvision's resnet34"):
+    with pytest.raises(InputError, match="not the weights of torchvision's resnet34"):
         runs.build_model(s)
 
 
 def test_d3ad_with_one_training_image():
     (model, _), x = tiny("d3ad"), torch.rand(2, 3, 32, 32) * 2 - 1
-    model.prepare(x[:1])
+    model.after_training(x[:1])
     assert all(part.isfinite().all() for part in model.restore(x[1:]))
 
 
 # ---------------------------------------------------------------- all, through the loop
 
-def test_what_is_usual_in_a_stage_is_no_measure_for_another(parts, monkeypatch):  # noqa: F811
-    """A finished training of three stages is lengthened, and goes on in its second one."""
+def test_the_usual_losses_of_a_stage_are_no_measure_for_another_one(parts, monkeypatch):
+    """A finished training of three stages is lengthened, and continues in its second one."""
     argv = argv_for(parts, "--method", "diffad", "--channels", "16", "--steps")
     seen = []
-    monkeypatch.setattr(train, "finish", lambda *_: {"category": "bolt"})
+    monkeypatch.setattr(train, "finish", lambda run: {"category": "bolt"})
     assert train.main([*argv, "12"]) == 0
 
-    def stop(progress, *_):
-        seen.append(progress["running_mean"])
+    def stop(run, losses):
+        seen.append(run.running_mean)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "count_step", stop)
+    monkeypatch.setattr(runs.Run, "record", stop)
     assert train.main([*argv, "24", "--resume"]) == 130
     assert seen == [{"stage": 1}]
 
 
 @pytest.mark.picture
 @pytest.mark.parametrize("method", OTHERS)
-def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):  # noqa: F811
+def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):
     argv = argv_for(parts, "--method", method, "--channels", "16", "--steps", "10", "--warmup", "0",
                     "--checkpoint-every", "5", "--ema", "0.5")
     if method == "draem":                                 # it has one pass
-        at = argv.index("--infer-steps")
-        del argv[at:at + 2]
+        index = argv.index("--infer-steps")
+        del argv[index:index + 2]
     s, _ = settings.parse(argv)
-    assert train.seconds_per_step(train.start_model(s, ""), s, runs.load_source(s)) > 0
     assert train.main([*argv, "--name", "whole"]) == 0
     folder = tmp_path / "runs" / "parts"
     whole, resumed = (folder / f"bolt-{method}-{name}" for name in ("whole", "resumed"))
-    stopped = train.save_checkpoint
+    save = runs.Run.save
 
-    def stop_at_5(path, s, model, average, optimizer, progress):
-        stopped(path, s, model, average, optimizer, progress)
-        if progress["step"] == 5:
+    def stop_at_5(run):
+        save(run)
+        if run.step == 5:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", stop_at_5)
+        patch.setattr(runs.Run, "save", stop_at_5)
         assert train.main([*argv, "--name", "resumed"]) == 130
     assert train.main([*argv, "--name", "resumed", "--resume"]) == 0
     a, b = (torch.load(run / "last.pt", weights_only=True) for run in (whole, resumed))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
-    if hasattr(METHODS[method], "prepare"):
-        assert a["ema"]["count"] > 0                          # what `prepare` found was kept
-    found = json.loads((whole / "metrics.json").read_text())
-    assert found["method"] == method and 0 <= found["image_auroc"] <= 1
+    if runs.build_model(s).IMAGES_AFTER_TRAINING:
+        assert a["ema"]["count"] > 0                      # what `after_training` saw was kept
+    metrics = read_json(whole / "metrics.json")
+    assert metrics["method"] == method and 0 <= metrics["image_auroc"] <= 1
     assert (whole / "qualitative.png").stat().st_size > 10_000
-    with open(whole / "log.csv") as file:
-        assert all(math.isfinite(float(row["loss"])) for row in csv.DictReader(file))
+    assert all(math.isfinite(float(row["loss"])) for row in rows_of(whole / "log.csv"))
     images = sorted((parts / "bolt" / "test" / "good").glob("*.png"))
     assert predict.main([str(whole), *map(str, images), "--out", str(tmp_path / "found")]) == 0
-    with open(whole / "scores.csv") as file:
-        scores = {row["file"]: float(row["score"]) for row in csv.DictReader(file)}
-    with open(tmp_path / "found" / "scores.csv") as file:
-        for row in csv.DictReader(file):
-            before = scores[f"test/good/{row['file']}"]
-            assert float(row["score"]) == pytest.approx(before, rel=1e-3)
+    scores = {row["file"]: float(row["score"]) for row in rows_of(whole / "scores.csv")}
+    for row in rows_of(tmp_path / "found" / "scores.csv"):
+        expected = scores[f"test/good/{row['file']}"]
+        assert float(row["score"]) == pytest.approx(expected, rel=1e-3)
 
 
 # A method's image AUROC after its quick preset on the demo's fabric; measured with seed 0:
@@ -594,5 +591,5 @@ FLOOR = {"draem": 0.95, "d3ad": 0.93, "diffad": 0.95, "anoddpm": 0.75}
 def test_a_method_learns_something_real(method, demo_root, tmp_path):
     assert train.main(["--method", method, "--category", "fabric", "--preset", "quick", "--root",
                        str(demo_root), "--out", str(tmp_path), "--device", "cpu"]) == 0
-    found = json.loads((tmp_path / "demo" / f"fabric-{method}" / "metrics.json").read_text())
-    assert found["image_auroc"] > FLOOR[method], found
+    metrics = read_json(tmp_path / "demo" / f"fabric-{method}" / "metrics.json")
+    assert metrics["image_auroc"] > FLOOR[method], metrics

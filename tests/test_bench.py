@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import bench
+from settings import Settings
 
 
 def test_table_and_json(whole_demo, tmp_path, monkeypatch, capsys):
@@ -14,9 +15,9 @@ def test_table_and_json(whole_demo, tmp_path, monkeypatch, capsys):
             "1", "--device", "cpu", "--precision", "float32", "--root", str(whole_demo)]
     assert bench.main([*argv, "--json", str(tmp_path / "bench.json")]) == 0
     out = capsys.readouterr().out
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["matmul_gflop_per_second"] > 1 and all(r["seconds"] > 0 for r in found["rows"])
-    rows = {r["what"]: r for r in found["rows"]}
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["matmul_gflop_per_second"] > 1 and all(r["seconds"] > 0 for r in results["rows"])
+    rows = {r["what"]: r for r in results["rows"]}
     assert all(what in out for what in rows)
     calls = [rows[f"image restored in {k} calls, batch 8"]["gflop"] for k in (1, 5, 20)]
     assert calls[1] / calls[0] == 5 and calls[2] / calls[0] == 20
@@ -27,7 +28,7 @@ def test_table_and_json(whole_demo, tmp_path, monkeypatch, capsys):
 
 def test_cost_of_size_width_and_calls(monkeypatch):
     monkeypatch.setattr(bench, "COST", {"crop": (32, 128), "channels": (8,), "calls": (1, 20)})
-    s = bench.Settings(channels=8, crop=32, resize=32, device="cpu", precision="float32")
+    s = Settings(channels=8, crop=32, resize=32, device="cpu", precision="float32")
     rows = bench.cost_rows(s, 1)
     assert {r["varied"] for r in rows} == {"crop", "channels", "calls"}
     seconds = {(r["varied"], r[r["varied"]]): float(r["seconds_per_image"]) for r in rows}
@@ -37,8 +38,8 @@ def test_cost_of_size_width_and_calls(monkeypatch):
 
 @pytest.mark.slow
 def test_recomputing_takes_less_memory():
-    s = bench.Settings(channels=16, crop=128, resize=128, device="cpu", precision="float32")
+    s = Settings(channels=16, crop=128, resize=128, device="cpu", precision="float32")
     cases = ((s, True), (dataclasses.replace(s, recompute=True), True), (s, False))
     with ThreadPoolExecutor(3) as pool:                     # each is a process of its own
-        kept, again, restoring = pool.map(lambda case: bench.peak_gb(*case), cases)
-    assert again < 0.8 * kept and restoring < kept
+        training, recomputing, restoring = pool.map(lambda case: bench.peak_gb(*case), cases)
+    assert recomputing < 0.8 * training and restoring < training

@@ -6,7 +6,6 @@ import hashlib
 import io
 import re
 import shutil
-import stat
 import tarfile
 import threading
 import zipfile
@@ -96,14 +95,12 @@ def tar_of(files, mode="w", extra=()):
     return out.getvalue()
 
 
-def zip_of(files, extra=()):
-    """A zip archive of {name: content}, then of (ZipInfo, content)."""
+def zip_of(files):
+    """A zip archive of {name: content}."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in files.items():
             file.writestr(name, content)
-        for entry, content in extra:
-            file.writestr(entry, content)
     return out.getvalue()
 
 
@@ -370,7 +367,7 @@ def test_an_early_python_310_is_refused(tmp_path, capsys, server, monkeypatch):
     assert not server.asked
 
 
-# ---------------------------------------------------------------- archives that are hostile
+# ---------------------------------------------------------------- archives
 
 def tar_entry(name, kind=tarfile.REGTYPE, link="", size=0):
     entry = tarfile.TarInfo(name)
@@ -378,41 +375,14 @@ def tar_entry(name, kind=tarfile.REGTYPE, link="", size=0):
     return entry
 
 
-def zip_entry(name, kind=0):
-    entry = zipfile.ZipInfo(name)
-    entry.external_attr, entry.compress_type = (kind | 0o644) << 16, zipfile.ZIP_DEFLATED
-    return entry
-
-
-OUT, LINK, MUCH = "leads out of the folder", "is a link or a device", "exceeds .* in all"
-HOSTILE = {
-    "parent": (tar_entry("../evil", size=3), zip_entry("../evil"), OUT),
-    "deep parent": (tar_entry("candle/../../evil", size=3), zip_entry("candle/../../evil"), OUT),
-    "absolute": (tar_entry("{root}/evil", size=3), zip_entry("{root}/evil"), OUT),
-    "symlink": (tar_entry("evil", tarfile.SYMTYPE, "../x"), zip_entry("evil", stat.S_IFLNK), LINK),
-    "hard link": (tar_entry("evil", tarfile.LNKTYPE, "split_csv/1cls.csv"), None, LINK),
-    "device": (tar_entry("evil", tarfile.CHRTYPE), zip_entry("evil", stat.S_IFCHR), LINK),
-    "pipe": (tar_entry("evil", tarfile.FIFOTYPE), zip_entry("evil", stat.S_IFIFO), LINK),
-    "bomb": (tar_entry("evil", size=10**5), zip_entry("evil"), MUCH),
-}
-
-
-@pytest.mark.parametrize("form, kind", [(form, kind) for form in ("tar", "zip") for kind in HOSTILE
-                                        if (form, kind) != ("zip", "hard link")])   # has none
-def test_hostile_archives(tmp_path, capsys, server, form, kind):
-    in_tar, in_zip, match = HOSTILE[kind]
-    entry = in_tar if form == "tar" else in_zip
-    root, files = tmp_path / "root", visa_files()
-    if form == "tar":
-        entry.name = entry.name.format(root=tmp_path)
-        body = tar_of(files, "w:gz", [entry])
-    else:
-        entry.filename = entry.filename.format(root=tmp_path)
-        body = zip_of(files, [(entry, b"x" * (10**5 if kind == "bomb" else 3))])
-    assert len(body) < 50_000                                       # the bomb's limit
-    server.offer("visa", body, limit=50_000 if kind == "bomb" else 10**6)
-    refused(root, capsys, f"evil' {match}")
-    assert left(root) == [".visa.lock", ".visa.notes", "visa.tar.part"]
+@pytest.mark.parametrize("entry", [
+    tar_entry("../evil", size=3), tar_entry("candle/../../evil", size=3),
+    tar_entry("evil", tarfile.SYMTYPE, "../x"), tar_entry("evil", tarfile.CHRTYPE)],
+    ids=["parent", "deep parent", "link out of the folder", "device"])
+def test_tarfiles_data_filter_is_on(tmp_path, capsys, server, entry):
+    server.offer("visa", tar_of(visa_files(), "w:gz", [entry]))
+    refused(tmp_path / "root", capsys, "a damaged archive .*evil'")
+    assert left(tmp_path / "root") == [".visa.lock", ".visa.notes", "visa.tar.part"]
     assert left(tmp_path) == ["root"]
 
 
@@ -424,16 +394,11 @@ def test_no_rights_are_taken_from_an_archive(tmp_path, capsys, server):
     assert (tmp_path / "visa" / "tool").stat().st_mode & 0o6022 == 0
 
 
-def test_too_many_entries(tmp_path, capsys, server):
-    server.offer("visa", tar_of(visa_files()), members=5)
-    refused(tmp_path, capsys, "exceeds .* 5 entries")
-
-
 def test_a_zip_that_declares_too_little(tmp_path, capsys, server):
     body = zip_of(visa_files() | {"evil": b"x" * 10**6})
     declared = (10**6).to_bytes(4, "little")
     assert body.count(declared) == 2                                # beside the file, in the index
-    server.offer("visa", body.replace(declared, (10).to_bytes(4, "little")), limit=10**5)
+    server.offer("visa", body.replace(declared, (10).to_bytes(4, "little")))
     refused(tmp_path, capsys, "a damaged archive")
 
 

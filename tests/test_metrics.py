@@ -126,22 +126,22 @@ def test_evaluate_against_pairs():
     scores = np.round(rng.random(15) + 0.4 * labels, 1)
     masks = (rng.random((15, 5, 5)) < 0.2) & (labels[:, None, None] == 1)
     maps = np.round(rng.random((15, 5, 5)) + 0.4 * masks, 1)
-    found = metrics.evaluate(labels, scores, maps, masks)
+    results = metrics.evaluate(labels, scores, maps, masks)
 
     def auroc(truth, values):
         return np.mean([(p > q) + 0.5 * (p == q) for p in values[truth] for q in values[~truth]])
 
-    assert found["image_auroc"] == pytest.approx(auroc(labels == 1, scores))
-    assert found["pixel_auroc"] == pytest.approx(auroc(masks.ravel(), maps.ravel()))
-    assert found["aupro"] == pytest.approx(aupro_brute_force(maps, masks, 0.3))
+    assert results["image_auroc"] == pytest.approx(auroc(labels == 1, scores))
+    assert results["pixel_auroc"] == pytest.approx(auroc(masks.ravel(), maps.ravel()))
+    assert results["aupro"] == pytest.approx(aupro_brute_force(maps, masks, 0.3))
     best = max(2 * ((scores >= s) & (labels == 1)).sum() / ((scores >= s).sum() + 9)
                for s in scores)
-    assert found["image_f1max"] == pytest.approx(best)
+    assert results["image_f1max"] == pytest.approx(best)
     precision = [((scores >= s) & (labels == 1)).sum() / (scores >= s).sum()
                  for s in sorted(set(scores), reverse=True)]
     recall = [0] + [((scores >= s) & (labels == 1)).sum() / 9
                     for s in sorted(set(scores), reverse=True)]
-    assert found["image_ap"] == pytest.approx(np.sum(np.diff(recall) * precision))
+    assert results["image_ap"] == pytest.approx(np.sum(np.diff(recall) * precision))
 
 
 @pytest.mark.parametrize("label, missing", [(0, "defective"), (1, "good")])
@@ -149,17 +149,17 @@ def test_a_one_sided_test_set_gives_nan_and_the_rest(label, missing):
     masks = np.zeros((3, 4, 4), bool)
     masks[:, 1, 1] = bool(label)
     with pytest.warns(UserWarning, match=f"no {missing} image"):
-        found = metrics.evaluate(np.full(3, label), np.arange(3.0), masks + 0.0, masks)
-    assert np.isnan(found["image_auroc"]) and np.isnan(found["image_f1max"])
-    assert np.isnan(found["aupro"]) == (label == 0)
+        results = metrics.evaluate(np.full(3, label), np.arange(3.0), masks + 0.0, masks)
+    assert np.isnan(results["image_auroc"]) and np.isnan(results["image_f1max"])
+    assert np.isnan(results["aupro"]) == (label == 0)
     if label:
-        assert found["aupro"] == pytest.approx(1)
+        assert results["aupro"] == pytest.approx(1)
 
 
 def test_no_ground_truth_leaves_the_image_metrics():
     with pytest.warns(UserWarning, match="no ground truth"):
-        found = metrics.evaluate(np.array([0, 1]), np.array([0.1, 0.9]))
-    assert found["image_auroc"] == 1 and np.isnan(found["aupro"])
+        results = metrics.evaluate(np.array([0, 1]), np.array([0.1, 0.9]))
+    assert results["image_auroc"] == 1 and np.isnan(results["aupro"])
 
 
 def test_a_complete_test_set_gives_no_warning():
@@ -193,18 +193,19 @@ def test_threshold_needs_scores():
 def test_threshold_interval_holds_the_rate_of_this_sample():
     """Uniform scores: the rate of a sample is one minus its threshold; 95 % lie in the interval."""
     rng = np.random.default_rng(0)
-    found = [metrics.normal_threshold(rng.random(30), 0.1) for _ in range(4000)]
-    assert all((t.low, t.high) == (found[0].low, found[0].high) for t in found)
-    assert np.mean([t.low < 1 - t.value < t.high for t in found]) == pytest.approx(0.95, abs=0.01)
+    thresholds = [metrics.normal_threshold(rng.random(30), 0.1) for _ in range(4000)]
+    assert all((t.low, t.high) == (thresholds[0].low, thresholds[0].high) for t in thresholds)
+    inside = [t.low < 1 - t.value < t.high for t in thresholds]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.01)
 
 
 @pytest.mark.parametrize("levels", [0, 2, 5, 20])
 def test_pixel_metrics_are_scikit_learns(levels):
     maps, masks = random_case(1, levels)
-    found = metrics.pixel_metrics(maps.astype(np.float32), masks)
+    results = metrics.pixel_metrics(maps.astype(np.float32), masks)
     flat = maps.astype(np.float32).ravel()
-    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), flat), abs=1e-12)
-    assert found["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), flat),
+    assert results["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), flat), abs=1e-12)
+    assert results["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), flat),
                                               abs=1e-12)
 
 
@@ -224,3 +225,39 @@ def test_threshold_of_every_rate():
     """A rate of 1 takes the lowest score, a rate of 0 the highest."""
     assert metrics.normal_threshold([3, 1, 2], 1.0).value == 1
     assert metrics.normal_threshold([3, 1, 2], 0.0).value == 3
+
+
+# ---------------------------------------------------------------- values and shape of the masks
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_masks_of_any_dtype_equal_bool(dtype):
+    maps, masks = random_case(2, 20)
+    numbers = masks.astype(dtype)
+    assert metrics.aupro(maps, numbers) == metrics.aupro(maps, masks)
+    assert metrics.pixel_metrics(maps, numbers) == metrics.pixel_metrics(maps, masks)
+    labels, scores = masks.any((1, 2)), maps.max((1, 2))
+    assert metrics.evaluate(labels, scores, maps, numbers) == metrics.evaluate(labels, scores, maps,
+                                                                               masks)
+
+
+def refuses_masks(maps, masks, match):
+    """All three functions that take masks refuse these."""
+    labels, scores = np.array([0, 1, 0, 1]), np.arange(4.0)
+    for compute in (metrics.aupro, metrics.pixel_metrics,
+                    lambda *pair: metrics.evaluate(labels, scores, *pair)):
+        with pytest.raises(ValueError, match=match):
+            compute(maps, masks)
+
+
+def test_masks_of_other_values_are_refused_by_name():
+    maps, masks = random_case(2, 0)
+    refuses_masks(maps, 255 * masks.astype(np.uint8), "values 0, 255: only 0 and 1")
+    refuses_masks(maps, 0.5 * masks, "values 0, 0.5: only 0 and 1")
+    refuses_masks(maps, np.where(masks, np.nan, 0.0), "values 0, nan: only 0 and 1")
+
+
+def test_masks_of_another_shape_are_refused():
+    maps, masks = random_case(2, 0)
+    refuses_masks(maps, masks[:, :-1], r"masks \[4, 8, 11\] and maps \[4, 9, 11\]")
+    refuses_masks(maps, masks[:3], r"masks \[3, 9, 11\] and maps \[4, 9, 11\]")
+    refuses_masks(maps[0], masks[0], r"the same shape \[N, H, W\]")

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import figures
 import tables
 from conftest import trained
+from support.layouts import CATEGORIES
 
 FOLDER = tables.HERE
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -59,11 +59,13 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope="session")
 def executed(training, data_folder, tmp_path_factory):
-    """A folder for the notebooks, executed one after the other in the background on one core with
-    the small model's run and data in place of ../runs and ../data; tables.ipynb is 03 with
-    `made_up_runs`. Then the future of what that prints."""
+    """A folder of the notebooks, and the future of what their execution prints.
+
+    They are executed in the background on one core, one after the other, with the small model's run
+    and data in place of ../runs and ../data. tables.ipynb is 03 with the runs of `invent_runs`.
+    """
     folder = tmp_path_factory.mktemp("notebooks")
-    made_up_runs(folder / "runs")
+    invent_runs(folder / "runs")
 
     def execute():
         small = trained(training)[0].parents[1]
@@ -80,7 +82,7 @@ def executed(training, data_folder, tmp_path_factory):
 
 
 def write_notebook(path, copy, runs, root):
-    """A copy without outputs that reads its runs and data there."""
+    """Write a copy without outputs whose runs and data lie in `runs` and `root`."""
     notebook = json.loads(path.read_text())
     for cell in code_cells(notebook):
         cell.update(outputs=[], execution_count=None)
@@ -102,7 +104,7 @@ def was_executed(notebook):
 
 
 def test_there_are_notebooks(executed):
-    """They start here, and run beside the other tests once the small model is trained."""
+    """From here on they run in the background, as soon as the small model is trained."""
     assert len(NOTEBOOKS) == 5
 
 
@@ -119,7 +121,7 @@ def test_notebook_is_committed_executed_on_the_demo_data(path):
     assert was_executed(notebook)
     assert 'DATA = "demo"' in "".join(code_cells(notebook)[0]["source"])
     assert any(cell["outputs"] for cell in code_cells(notebook))
-    assert not any(f"/{place}/" in str(notebook) for place in ("home", "root", "work", "tmp"))
+    assert not any(f"/{name}/" in str(notebook) for name in ("home", "root", "work", "tmp"))
     assert all(len(line) < 100 for cell in notebook["cells"]
                for line in "".join(cell["source"]).splitlines())
 
@@ -131,22 +133,23 @@ def test_one_first_line_names_every_table():
 
 
 def test_averages_are_the_means_of_their_categories():
-    off = {}
+    different = {}
     for path in sorted((FOLDER / "paper").glob("*.csv")):
         rows = tables.paper_table(path.stem)
         if "category" not in rows[0]:
             continue
         for group in sorted({r.get("data", "") for r in rows}):
-            here = [r for r in rows if r.get("data", "") == group]
-            average, = [r for r in here if r["category"] == "average"]
+            in_group = [r for r in rows if r.get("data", "") == group]
+            average, = [r for r in in_group if r["category"] == "average"]
             for column in average:
                 if column in ("category", "data") or not average[column]:
                     continue
-                values = [Decimal(r[column]) for r in here if r["category"] != "average"]
+                values = [Decimal(r[column]) for r in in_group if r["category"] != "average"]
                 mean = (sum(values) / len(values)).quantize(Decimal("0.1"), ROUND_HALF_UP)
                 if mean != Decimal(average[column]):
-                    off[path.stem, f"{group} {column}".strip()] = (average[column], str(mean))
-    assert off == NOT_THE_MEAN
+                    name = path.stem, f"{group} {column}".strip()
+                    different[name] = average[column], str(mean)
+    assert different == NOT_THE_MEAN
 
 
 def test_categories_are_complete():
@@ -154,9 +157,9 @@ def test_categories_are_complete():
         return [r["category"] for r in tables.paper_table(table)]
 
     for table in ("table2_mvtec_image_auroc", "tableS2_mvtec_aupro", "d3ad_table7_mvtec"):
-        assert sorted(names(table)) == sorted([*data.CATEGORIES["mvtec"], "average"]), table
+        assert sorted(names(table)) == sorted([*CATEGORIES["mvtec"], "average"]), table
     for table in ("table1_visa_image_auroc", "tableS1_visa_aupro", "tableS3_visa_best_epoch"):
-        assert sorted(names(table)) == sorted([*data.CATEGORIES["visa"], "average"]), table
+        assert sorted(names(table)) == sorted([*CATEGORIES["visa"], "average"]), table
 
 
 def test_marks():
@@ -173,25 +176,25 @@ def loaded(small, demo_root):
 
 @pytest.fixture
 def run(loaded):
-    """The small model's run, with metrics of its own to change."""
+    """The small model's run, with a copy of its metrics that a test may change."""
     return dataclasses.replace(loaded, metrics={**loaded.metrics})
 
 
 def test_failures_are_found_by_their_rules(run):
     labels, scores = run.labels, run.scores
-    # a threshold in the middle of the good images, and above the lowest defective one
+    # a threshold at the median of the good images, and just above the lowest defective one
     for level in (float(np.median(scores[labels == 0])), float(scores[labels == 1].min()) + 1e-6):
         run.metrics["threshold"] = level
         by_rule = {}
         for case in figures.failures(run, each=2):
             by_rule.setdefault(case.rule, []).append(case)
-            assert case.where.shape == (256, 256)
+            assert case.region.shape == (256, 256)
         alarms = np.flatnonzero((labels == 0) & (scores > level))
-        found = [case.index for case in by_rule.get("false alarm", [])]
-        assert found == alarms[scores[alarms].argsort()[::-1]].tolist()[:2]
+        indices = [case.index for case in by_rule.get("false alarm", [])]
+        assert indices == alarms[scores[alarms].argsort()[::-1]].tolist()[:2]
         missed = np.flatnonzero((labels == 1) & (scores <= level))
-        found = [case.index for case in by_rule.get("missed", [])]
-        assert found == missed[scores[missed].argsort()].tolist()[:2]
+        indices = [case.index for case in by_rule.get("missed", [])]
+        assert indices == missed[scores[missed].argsort()].tolist()[:2]
         assert all(labels[case.index] and scores[case.index] > level
                    for case in by_rule["masks disagree"])
         assert len(by_rule["masks disagree"]) == 2
@@ -206,23 +209,23 @@ def test_no_false_alarm_where_none_passes_the_threshold(run):
 def test_best_median_and_worst(run):
     chosen = [4, 1, 7, 2, 9]
     order = sorted(chosen, key=lambda k: run.scores[k])
-    assert [figures.of_score(run, chosen, share) for share in (0, 0.5, 1)] == [
+    assert [figures.at_score_quantile(run, chosen, quantile) for quantile in (0, 0.5, 1)] == [
         order[0], order[2], order[4]]
 
 
 def test_the_network_is_drawn_as_it_is(run):
-    """Every layer once, in the order of the calls, with the shape that it gave."""
-    found = figures.layers(run.model.net, 64)
-    assert len(found) == 1 + 11 + 1 + 15 + 3
-    assert [layer.shape[1] for layer in found if layer.kind == "half the size"] == [32, 16, 8]
-    assert {layer.shape[1] for layer in found if layer.kind.endswith("attention")} == {16, 8}
-    assert [layer.shape for layer in found[-3:]] == [(3, 64, 64), (3, 64, 64), (1, 64, 64)]
+    """Every layer once, in the order of the calls, with the shape of its output."""
+    layers = figures.layers(run.model.net, 64)
+    assert len(layers) == 1 + 11 + 1 + 15 + 3
+    assert [layer.shape[1] for layer in layers if layer.kind == "half the size"] == [32, 16, 8]
+    assert {layer.shape[1] for layer in layers if layer.kind.endswith("attention")} == {16, 8}
+    assert [layer.shape for layer in layers[-3:]] == [(3, 64, 64), (3, 64, 64), (1, 64, 64)]
     assert not any(module._forward_hooks for module in run.model.modules())
-    figures.draw_network(found)
+    figures.draw_network(layers)
 
 
 def test_runs_of_other_methods_are_kept_apart(small, demo_root, tmp_path):
-    """They are no run of ours, and are found beside it by their name."""
+    """They are not taken for TransFusion's, and are found by the names of their folders."""
     for name in ("fabric", "fabric-draem"):
         shutil.copytree(small[0], tmp_path / "demo" / name)
     config = tmp_path / "demo" / "fabric-draem" / "config.json"
@@ -238,23 +241,24 @@ def test_the_true_normal_image_is_the_photo_but_for_its_defect(run):
     assert torch.equal(run.normal(good), run.images(good))
     change = (run.normal(bad) - run.images(bad)).abs().mean(1)
     truth = torch.from_numpy(np.stack([run.truth(k) for k in bad]))[:, None].float()
-    near = F.adaptive_max_pool2d(F.max_pool2d(truth, 41, 1, 20), run.s.crop)[:, 0] > 0
+    near = F.adaptive_max_pool2d(F.max_pool2d(truth, 41, 1, 20), run.settings.crop)[:, 0] > 0
     assert change[near].mean() > 0.01 and change[~near].max() < 0.02
 
 
 def test_a_restoration_in_the_notebooks_is_that_of_the_runs_scores(run):
-    """In as many network calls, 3 here, so the maps are those of maps.npz."""
-    assert run.s.infer_steps == 3
-    found = run.restore([0, 5])
+    """It takes as many network calls, 3 here, so the maps are those of maps.npz."""
+    assert run.settings.infer_steps == 3
+    restored = run.restore([0, 5])
     for name in ("M_disc", "M_recon", "M_last"):
-        got, kept = getattr(found, name)[:, 0].numpy(), run.maps[name][[0, 5]]
-        assert np.allclose(got, kept, atol=1e-5), name
+        maps, saved = getattr(restored, name)[:, 0].numpy(), run.maps[name][[0, 5]]
+        assert np.allclose(maps, saved, atol=1e-5), name
 
 
-def made_up_runs(out):
-    """The n-th category of a data set scores n per cent, at its best epoch one more."""
+def invent_runs(out):
+    """Write runs with invented results: the n-th category of a data set scores n per cent, and at
+    its best epoch one more."""
     for name in ("mvtec", "visa"):
-        for n, category in enumerate(data.CATEGORIES[name]):
+        for n, category in enumerate(CATEGORIES[name]):
             folder = out / name / category
             folder.mkdir(parents=True)
             (folder / "config.json").write_text('{"name": ""}')
@@ -264,7 +268,7 @@ def made_up_runs(out):
                                              f"2,{(n + 1) / 100}\n")
 
 
-def test_notebook_runs_and_averages_what_has_all_been_run(executed):
+def test_notebook_runs_and_averages_complete_data_sets(executed):
     """Table 3's averages and those of the supplement's Tables 3 and 4."""
     folder, printed = executed
     printed = printed.result()

@@ -122,18 +122,19 @@ def make(seed=0, B=8, S=64, opaque=False, fill=200):
                                      torch.full((B,), opaque), np.random.default_rng(seed))
 
 
-def eps_of(made):
+def eps_of(anomalies):
     """The eps of Eq. 2, as train.make_batch takes it."""
-    return scale(made.A) * made.M
+    return scale(anomalies.A) * anomalies.M
 
 
 def test_a_batch_is_half_anomalous():
-    _, made = make()
-    assert made.M.shape == made.M_a.shape == (8, 1, 64, 64) and made.A.shape == (8, 3, 64, 64)
-    assert (made.M[:4].sum((1, 2, 3)) > 0).all()
-    assert not made.M[4:].any() and not made.M_a[4:].any() and not made.A[4:].any()
-    assert made.A.dtype == torch.uint8 and (made.A[:4] * (1 - made.M[:4])).any()
-    assert not made.M[..., :8].any() and not made.M_a[..., :8].any()
+    _, anomalies = make()
+    assert anomalies.M.shape == anomalies.M_a.shape == (8, 1, 64, 64)
+    assert anomalies.A.shape == (8, 3, 64, 64)
+    assert (anomalies.M[:4].sum((1, 2, 3)) > 0).all()
+    assert not anomalies.M[4:].any() and not anomalies.M_a[4:].any() and not anomalies.A[4:].any()
+    assert anomalies.A.dtype == torch.uint8 and (anomalies.A[:4] * (1 - anomalies.M[:4])).any()
+    assert not anomalies.M[..., :8].any() and not anomalies.M_a[..., :8].any()
 
 
 def test_the_guide_is_empty_at_the_last_step_and_in_a_quarter_of_the_others():
@@ -191,8 +192,8 @@ def test_rotation_is_linear_on_black_or_as_the_authors_nearest_on_grey():
     for authors, corner in ((False, 0), (True, 128)):
         out, fg = perlin.rotate_batch(images, torch.ones(50, 1, 64, 64), 45,
                                       np.random.default_rng(0), authors, p=1.0)
-        found = set(out.unique().tolist())
-        assert corner in found and (found == {100, 128, 200}) == authors
+        values = set(out.unique().tolist())
+        assert corner in values and (values == {100, 128, 200}) == authors
         far = torch.nn.functional.max_pool2d(fg, 3, 1, 1) == 0       # well outside the turned image
         assert far.any() and (out[far.expand_as(out)] == corner).all()
 
@@ -216,11 +217,11 @@ def test_appearances(monkeypatch):
     texture = torch.full_like(image, 200)
     kinds = []
     for seed in range(40):
-        made = perlin.anomaly_appearance(image, texture, np.random.default_rng(seed))
-        kinds.append(bool((made == 201).all()))
+        appearance = perlin.anomaly_appearance(image, texture, np.random.default_rng(seed))
+        kinds.append(bool((appearance == 201).all()))
         if not kinds[-1]:
-            assert sorted(made[0].flatten().tolist()) == list(range(1, 65))
-            assert not torch.equal(made, image + 1)
+            assert sorted(appearance[0].flatten().tolist()) == list(range(1, 65))
+            assert not torch.equal(appearance, image + 1)
     assert len(calls) == 40 and 10 < sum(kinds) < 30
 
 

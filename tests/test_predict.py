@@ -1,9 +1,12 @@
-"""predict.py on a small trained model: the files it writes, places, thresholds, bad input."""
-import csv
+"""predict.py on a small trained model: photos, files that it writes, thresholds, bad arguments."""
 import dataclasses
 import json
+import ntpath
+import os
 import re
 import shutil
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,21 +14,17 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-import metrics
+import data
+import download
+import evaluate
 import predict
 import runs
-from data import scale
+import train
+from helpers import argv_for, contents, files_in, picture, png, rows_of, run_predict, write_photos
 from settings import Settings
-
-
-def rows_of(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
-def files_in(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+from support.console import InputError
+from support.files import locked_folder
+from support.page import address_of
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def photos(demo_root, tmp_path):
     return folder
 
 
-def test_what_is_written(small, photos, tmp_path, capsys):
+def test_tables_and_pictures_are_written_for_every_photo(small, photos, tmp_path, capsys):
     out = tmp_path / "found"
     run = small[0]
     assert predict.main([str(run), str(photos), "--out", str(out), "--device", "cpu"]) == 0
@@ -60,11 +59,11 @@ def test_what_is_written(small, photos, tmp_path, capsys):
                 assert picture.size == (256, 256)
     written = json.loads((run / "metrics.json").read_text())
     assert float(scores[0]["threshold"]) == pytest.approx(written["threshold"], rel=1e-5)
-    known = {row["file"]: float(row["score"]) for row in rows_of(run / "scores.csv")}
-    assert float(scores[0]["score"]) in [pytest.approx(v, abs=1e-4) for v in known.values()]
+    test_scores = [float(row["score"]) for row in rows_of(run / "scores.csv")]
+    assert float(scores[0]["score"]) in [pytest.approx(score, abs=1e-4) for score in test_scores]
 
 
-def test_same_input_same_files(small, photos, tmp_path):
+def test_the_same_input_gives_the_same_files(small, photos, tmp_path):
     for name in ("a", "b"):
         assert predict.main([str(small[0] / "last.pt"), str(photos), "--out", str(tmp_path / name),
                              "--infer-steps", "2", "--maps", "tiff"]) == 0
@@ -74,7 +73,7 @@ def test_same_input_same_files(small, photos, tmp_path):
     assert len(a) == 4 + 3 * 8                    # tables, page and lock; three pictures of each
 
 
-def test_its_own_pictures_are_no_images_to_inspect(small, photos):
+def test_pictures_of_a_first_call_are_not_inspected_by_a_second_one(small, photos):
     for _ in range(2):
         assert predict.main([str(small[0]), str(photos), "--out", str(photos / "found"),
                              "--infer-steps", "1"]) == 0
@@ -96,25 +95,25 @@ def test_regions_are_those_of_the_map(small, photos, tmp_path):
     out = tmp_path / "found"
     assert predict.main([str(small[0]), str(photos), "--out", str(out), "--maps", "tiff",
                          "--infer-steps", "3", "--false-alarms", "0.3"]) == 0
-    found, count = rows_of(out / "regions.csv"), 0
+    regions, count = rows_of(out / "regions.csv"), 0
     for row in rows_of(out / "scores.csv"):
         file = row["file"]
         full = np.asarray(Image.open(out / "maps" / (file + ".tiff")))
         level = min(predict.load(small[0], false_alarms=0.3).threshold.value, 0.999 * full.max())
         labels, number = ndimage.label(full > level, np.ones((3, 3)))
-        mine = [region for region in found if region["file"] == file]
-        assert len(mine) == (number if row["verdict"] == "defective" else 0)
-        assert bool(mine) == (row["verdict"] == "defective")
+        own = [region for region in regions if region["file"] == file]
+        assert len(own) == (number if row["verdict"] == "defective" else 0)
+        assert bool(own) == (row["verdict"] == "defective")
         count += number
-        for row in mine:
-            x, y, w, h = (int(row[k]) for k in ("x", "y", "width", "height"))
+        for region in own:
+            x, y, w, h = (int(region[k]) for k in ("x", "y", "width", "height"))
             box = full[y:y + h, x:x + w]
-            assert box.max() >= float(row["peak"]) * (1 - 1e-5)
-            assert int(row["area"]) <= (box > level).sum()
+            assert box.max() >= float(region["peak"]) * (1 - 1e-5)
+            assert int(region["area"]) <= (box > level).sum()
     assert count > 0
 
 
-def test_maps_in_the_layout_of_mvtecs_evaluation(small, demo_root, tmp_path):
+def test_maps_are_written_in_the_layout_of_mvtecs_evaluation(small, demo_root, tmp_path):
     test = demo_root / "demo" / "fabric" / "test"
     image = sorted((test / "good").iterdir())[0]
     assert predict.main([str(small[0]), str(image), "--out", str(tmp_path), "--maps", "tiff",
@@ -124,7 +123,7 @@ def test_maps_in_the_layout_of_mvtecs_evaluation(small, demo_root, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(300, 200), (64, 64), (97, 131), (8, 8)])
-def test_crop_and_resize_are_undone(size):
+def test_the_crop_and_the_resize_are_undone(size):
     """A bright square stays where it is; what the crop leaves out is NaN and the image itself."""
     W, H = size
     s = Settings(resize=64, crop=48)
@@ -144,8 +143,8 @@ def test_crop_and_resize_are_undone(size):
         assert (restored[inside] == 128).all() and inside.mean() == pytest.approx(0.5625, abs=0.03)
 
 
-def test_inspect_an_array(small, demo_root):
-    """One array through the function gives what the command gives; any mixture of sizes works."""
+def test_images_inspected_together_get_the_score_of_each_alone(small, demo_root):
+    """Whatever their sizes; the results have the size of their image."""
     model, s, _ = runs.load_model(small[0] / "last.pt", torch.device("cpu"))
     path = sorted((demo_root / "demo/fabric/test/good").iterdir())[0]
     image = np.array(Image.open(path).convert("RGB"))
@@ -164,9 +163,10 @@ def test_unreadable_images_are_counted_and_the_rest_goes_on(small, photos, tmp_p
     (photos / "day 1" / "empty.jpg").touch()
     status = predict.main([str(small[0]), str(photos), "--out", str(tmp_path / "found"),
                            "--infer-steps", "1"])
-    said = capsys.readouterr()
-    assert status == 1 and "8 images inspected" in said.out and "2 could not be read" in said.out
-    errors = [line for line in said.err.replace("\r", "\n").splitlines() if "error:" in line]
+    printed = capsys.readouterr()
+    assert status == 1 and "8 images inspected" in printed.out
+    assert "2 could not be read" in printed.out
+    errors = [line for line in printed.err.replace("\r", "\n").splitlines() if "error:" in line]
     assert len(errors) == 2 and "broken.png" in errors[0] and "empty.jpg" in errors[1]
     assert len(rows_of(tmp_path / "found" / "scores.csv")) == 8
 
@@ -181,17 +181,17 @@ def test_nothing_is_written_outside_of_out(small, photos, tmp_path, monkeypatch)
     assert len(list((tmp_path / "a" / "b" / "found").rglob("*.png"))) == 16
 
 
-def test_the_map_of_the_run_is_the_one_inspected(small):
+def test_the_map_that_is_inspected_is_the_one_that_the_run_scores(small):
     model, s, _ = runs.load_model(small[0] / "last.pt", torch.device("cpu"))
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     for kind in ("recon", "disc", "last"):
         s = dataclasses.replace(s, final_mask=kind)
-        found = predict.Inspector(model, s, None).inspect(image)
-        x = scale(torch.tensor(image).permute(2, 0, 1)[None])
+        inspection = predict.Inspector(model, s, None).inspect(image)
+        x = data.scale(torch.tensor(image).permute(2, 0, 1)[None])
         restored = model.restore(x, s.infer_steps)
         M = {"recon": restored.M_recon, "disc": restored.M_disc, "last": restored.M_last}[kind]
-        want = torch.nn.functional.avg_pool2d(M, 7, 1, 3).amax().item()
-        assert found.score == pytest.approx(want, rel=1e-4)
+        expected = torch.nn.functional.avg_pool2d(M, 7, 1, 3).amax().item()
+        assert inspection.score == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_final_mask_that_does_not_exist_is_refused(small):
@@ -204,17 +204,16 @@ def test_a_long_list_goes_through_the_network_in_parts(small, photos, monkeypatc
     restore = model.model.restore
     monkeypatch.setattr(model.model, "restore", lambda x, *a: sizes.append(len(x)) or restore(x, *a))
     files = [str(file) for file in sorted(photos.rglob("*.png"))]
-    found = model.inspect(files + files[:3])
-    assert sizes == [8, 3] and [f.score for f in found[8:]] == \
-        pytest.approx([f.score for f in found[:3]], rel=1e-4)
+    scores = [inspection.score for inspection in model.inspect(files + files[:3])]
+    assert sizes == [8, 3] and scores[8:] == pytest.approx(scores[:3], rel=1e-4)
     assert model.inspect([]) == []
 
 
-def test_old_pictures_outside_the_folder_stay(tmp_path):
+def test_no_picture_outside_the_folder_is_removed(tmp_path):
     (tmp_path / "mine.png").touch(), (tmp_path / "out" / "heatmaps").mkdir(parents=True)
     (tmp_path / "out" / "heatmaps" / "old.png").touch()
     (tmp_path / "out" / "scores.csv").write_text(f"file\n{tmp_path / 'mine'}\n../mine\nold\n")
-    predict.remove_old(tmp_path / "out" / ".." / "out")
+    predict.remove_old_pictures(tmp_path / "out" / ".." / "out")
     assert (tmp_path / "mine.png").exists() and not list((tmp_path / "out").rglob("*.png"))
 
 
@@ -226,15 +225,20 @@ def test_another_false_alarm_rate_moves_the_threshold(small, photos, tmp_path, c
                              "--false-alarms", rate]) == 0
         limits.append(float(rows_of(out / "scores.csv")[0]["threshold"]))
     assert limits[0] > limits[1]
-    promised = re.findall("of 100 good parts like these about ([0-9]+)", capsys.readouterr().out)
-    assert promised[0] in ("1", "11") and promised[1] in ("49", "44")  # the held-out ones
+    rates = re.findall("expected false alarm rate: ([0-9]+) % of good", capsys.readouterr().out)
+    assert rates[0] in ("1", "11") and rates[1] in ("49", "44")        # of the held-out ones
+
+
+def untrained(folder: Path) -> Path:
+    """The checkpoint, outside of a run folder, of a model that has no threshold."""
+    s = Settings(resize=32, crop=32, channels=8, T=2, device="cpu")
+    runs.new_run(folder, s, None, runs.build_model(s)).save()
+    return (folder / "last.pt").rename(folder / "model.pt")
 
 
 def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_path, capsys):
-    s = Settings(resize=32, crop=32, channels=8, T=2)
-    runs.save_checkpoint(tmp_path / "model.pt", s, runs.build_model(s), None, None,
-                         {"normal": None})
-    assert predict.main([str(tmp_path / "model.pt"), str(photos), "--out", str(tmp_path / "o")]) == 0
+    model = untrained(tmp_path)
+    assert predict.main([str(model), str(photos), "--out", str(tmp_path / "o")]) == 0
     assert "--calibrate GOOD_PHOTOS gives it one" in capsys.readouterr().out
     rows = rows_of(tmp_path / "o" / "scores.csv")
     assert len(rows) == 8 and all(row["verdict"] == row["threshold"] == "" for row in rows)
@@ -242,14 +246,12 @@ def test_without_held_out_images_there_are_scores_but_no_verdict(photos, tmp_pat
 
 
 def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsys, monkeypatch):
-    s = Settings(resize=32, crop=32, channels=8, T=2)
-    model = tmp_path / "model.pt"
-    runs.save_checkpoint(model, s, runs.build_model(s), None, None, {"normal": None})
+    model = untrained(tmp_path)
     assert predict.load(model).inspect(str(next(photos.rglob("*.png")))).verdict == ""
     assert predict.main([str(model), "--calibrate", str(photos)]) == 0
-    said = capsys.readouterr().out
-    assert "from 8 held-out images" in said and "no threshold before" in said
-    assert "8 photos cannot promise 5 % false alarms, 19 can" in said
+    printed = capsys.readouterr().out
+    assert "from 8 held-out images" in printed and "no threshold before" in printed
+    assert "8 photos cannot promise 5 % false alarms, 19 can" in printed
     scores = [predict.load(model).inspect(file).score for file in photos.rglob("*.png")]
     assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
     assert predict.main([str(model), str(photos), "--out", str(tmp_path / "o")]) == 0
@@ -280,7 +282,7 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
     ({"more": ["--false-alarms", "2"]}, "--false-alarms 2"),
     ({"more": ["--device", "toaster"]}, "--device toaster"),
 ])
-def test_bad_arguments(small, photos, tmp_path, monkeypatch, capsys, change, expected):
+def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(small, photos, tmp_path, monkeypatch, capsys, change, expected):
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
@@ -292,7 +294,130 @@ def test_bad_arguments(small, photos, tmp_path, monkeypatch, capsys, change, exp
     assert not (empty / "found").exists()
 
 
-def test_out_that_is_a_file(small, photos, tmp_path, capsys):
+def test_an_out_folder_that_is_a_file_is_refused(small, photos, tmp_path, capsys):
     (tmp_path / "found").touch()
     assert predict.main([str(small[0]), str(photos), "--out", str(tmp_path / "found")]) == 2
     assert "found cannot be made" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- photos in any folder
+
+def test_pictures_of_any_call_are_not_inspected(tmp_path):
+    """Results beside the photos, of this call or another, by whatever path."""
+    line = write_photos(tmp_path / "line", 3)
+    (tmp_path / "link").symlink_to(line)
+    for folder in (line / "monday", line):
+        (folder / "regions.csv").parent.mkdir(exist_ok=True)
+        (folder / "regions.csv").touch()
+        for name in predict.PICTURES:
+            png(folder / name / "0.png.png", picture())
+    png(line / "tuesday/heatmaps/0.png", picture())                 # of a call under way
+    for folder in (line, tmp_path / "link"):
+        for out in (line / "tuesday", tmp_path / "link/tuesday"):
+            photos, notes = predict.find_photos([str(folder)], out)
+            assert [p.name for p in photos] == ["0.png", "1.png", "2.png"] and not notes
+    assert len(predict.find_photos([str(line)], tmp_path / "elsewhere")[0]) == 4
+    assert len(predict.find_photos([str(line), str(tmp_path / "link"), str(line / "*.png")],
+                                   line / "tuesday")[0]) == 3       # each photo once
+
+
+def test_pictures_of_the_photos_of_an_earlier_call_are_removed(trained_parts, tmp_path):
+    run, out = trained_parts / "runs/parts/bolt", tmp_path / "found"
+    for count, name in ((3, "first"), (1, "second")):
+        assert run_predict(run, write_photos(tmp_path / name, count), "--out", out) == 0
+    for folder in ("heatmaps", "restored"):
+        assert [p.name for p in (out / folder).iterdir()] == ["0.png.png"]
+    assert len(rows_of(out / "scores.csv")) == 1
+
+
+def test_no_map_is_written_over_that_of_another_image(tmp_path):
+    names = ["line1/bolt/test/hole/000.png", "line1/bolt/test/hole/000.jpg",
+             "line1/bolt/test/hole/001.png", "line2/bolt/test/hole/000.png",
+             "line2/bolt/test/hole/002.png", "line2/nut/test/hole/002.png"]
+    paths = predict.tiff_paths([tmp_path / name for name in names], names)
+    assert len(set(paths)) == 6
+    assert paths[2] == "bolt/test/hole/001.tiff" and paths[5] == "nut/test/hole/002.tiff"
+    assert paths[1] == "line1/bolt/test/hole/000.jpg.tiff"
+
+
+def test_photos_on_several_drives_of_windows_have_names_and_addresses(monkeypatch):
+    monkeypatch.setattr(os.path, "commonpath", ntpath.commonpath)
+    monkeypatch.setattr(os.path, "relpath", ntpath.relpath)
+    files = [PureWindowsPath(name) for name in (r"C:\line1\a.png", r"D:\line2\a.png")]
+    assert predict.relative_names(files) == ["C/line1/a.png", "D/line2/a.png"]
+    assert address_of(files[1], PureWindowsPath(r"C:\found")) == "file:///D:/line2/a.png"
+
+
+def test_a_large_photo_gets_pictures_of_bounded_size(trained_parts):
+    model = predict.load(trained_parts / "runs/parts/bolt", "cpu", infer_steps=1)
+    model.threshold = SimpleNamespace(value=-1.0)                   # all of it is one region
+    inspection = model.inspect(np.zeros((1500, 4096), np.uint8))
+    assert inspection.size == (4096, 1500) and inspection.heat_map().size == (2048, 750)
+    box = inspection.regions[0]
+    assert [box[k] for k in ("x", "y", "width", "height")] == [0, 0, 4096, 1500]
+    assert box["area"] == 4096 * 1500
+
+
+def test_a_second_call_into_the_same_folder_is_refused(trained_parts, tmp_path, capsys):
+    run, out = trained_parts / "runs/parts/bolt", tmp_path / "found"
+    with locked_folder(out):
+        assert run_predict(run, write_photos(tmp_path / "line"), "--out", out) == 2
+    assert "found is in use by another process" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == [".lock"]
+
+
+def test_results_are_not_written_into_the_folder_of_a_run(factory, capsys):
+    run = factory / "runs/parts/bolt"
+    before = contents(run)
+    assert run_predict(run, write_photos(factory / "line"), "--out", run) == 2
+    assert "holds a training's results; choose another folder" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+@pytest.mark.picture
+def test_names_that_are_no_utf_8_are_written_even_in_the_picture(factory):
+    """As from an archive of another system: inspected, checked, trained on and scored."""
+    name = os.fsdecode(b"caf\xe9")
+    root, line = factory / "parts/bolt", write_photos(factory / "line", 3)
+    try:
+        (line / "1.png").rename(line / f"{name}.png")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    assert run_predict(factory / "runs/parts/bolt", line, "--out", factory / "found",
+                       "--maps", "tiff") == 0
+    files = [row["file"] for row in rows_of(factory / "found/scores.csv")]
+    assert len(files) == 3 and r"caf\udce9.png" in files
+    page = (factory / "found/index.html").read_text(encoding="utf-8")
+    assert "heatmaps/caf%E9.png.png" in page and r"caf\xe9.png" in page
+    for place in ("test/dent/1{}.png", "ground_truth/dent/1{}_mask.png", "train/good/3{}.png"):
+        old = root / place.format("")
+        old.rename(old.with_name(old.name.replace("1", name).replace("3", name)))
+    assert download.main(["--check", str(root)]) == 0
+    argv = argv_for(factory / "parts", "--name", "again", "--steps", "1")
+    assert train.main(argv) == 0
+    run = factory / "runs/parts/bolt-again"
+    assert {"metrics.json", "scores.csv"} <= set(contents(run))
+    assert Image.open(run / "qualitative.png").format == "PNG"
+    s, _ = runs.load_checkpoint(run / "last.pt")
+    assert len(data.load_run_data(s, folder=run).images) == 12
+    (run / "metrics.json").unlink()
+    assert train.main([*argv, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_is_an_error_everywhere(trained_parts, monkeypatch, value):
+    """Whatever makes it so: below a threshold it would pass for a good part's."""
+    model = predict.load(trained_parts / "runs/parts/bolt", "cpu", infer_steps=1)
+    s = dataclasses.replace(model.s, data=str(trained_parts / "parts"), root=str(trained_parts))
+    restore = model.model.restore
+
+    def damaged(x, steps):
+        restored = restore(x, steps)
+        restored.M_disc[0, 0, 3, 3] = value
+        return restored
+
+    monkeypatch.setattr(model.model, "restore", damaged)
+    with pytest.raises(InputError, match="a score is no number"):
+        model.inspect(picture().astype(np.uint8))
+    with pytest.raises(InputError, match="a score is no number"):
+        evaluate.score(model.model, s, data.load_run_data(s, training=False))

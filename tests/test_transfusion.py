@@ -9,9 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import data
 import perlin
 import transfusion as tf
+from helpers import AUTHORS, tiny
 from transfusion import TransFusion
-
-AUTHORS = dict(pe="row", authors_schedule=True, anomaly_target="beta_eps", soft_consistency=False)
 
 
 def random_parts(seed=0, B=2, S=6):
@@ -158,10 +157,6 @@ def test_eq8_consistency_loss():
     assert float(tf.consistency_loss(x_t, M, eps, n, 0.5, 0.4, x_prev)) == pytest.approx(0, abs=1e-20)
 
 
-def tiny(**kw):
-    torch.manual_seed(0)
-    return TransFusion(8, **kw)
-
 
 def tiny_batch(seed=0, S=16):
     n, eps, M = (part.float() for part in random_parts(seed, S=S))
@@ -224,15 +219,15 @@ def test_losses_of_imperfect_predictions_are_those_of_eq5_to_eq8(soft):
                                                       .manual_seed(3)) - 0.5)
     model = tiny(soft_consistency=soft)
     model.net = Fake(lambda *_: (e, n, logit))
-    found = model.losses(x, eps, M, M_a, t)
+    losses = model.losses(x, eps, M, M_a, t)
     beta_t, beta_prev = (torch.tensor(v).view(2, 1, 1, 1) for v in ([0.15, 1.0], [0.10, 0.95]))
     x_t, x_prev = ((1 - M) * x + b * M * eps + (1 - b) * M * x for b in (beta_t, beta_prev))
     M_t = logit.sigmoid() if soft else (logit.sigmoid() > 0.5).float()
     step = x_t - (beta_t - beta_prev) * M_t * e + (beta_t - beta_prev) * M_t * n
-    assert float(found["c"]) == pytest.approx(float(((step - x_prev) ** 2).mean()), rel=1e-4)
-    assert float(found["a"]) == pytest.approx(float(((e - eps) ** 2).mean()), rel=1e-5)
-    assert float(found["n"]) == pytest.approx(float(tf.normal_loss(n, x)), rel=1e-5)
-    assert float(found["m"]) == pytest.approx(float(tf.mask_loss(logit, M)), rel=1e-5)
+    assert float(losses["c"]) == pytest.approx(float(((step - x_prev) ** 2).mean()), rel=1e-4)
+    assert float(losses["a"]) == pytest.approx(float(((e - eps) ** 2).mean()), rel=1e-5)
+    assert float(losses["n"]) == pytest.approx(float(tf.normal_loss(n, x)), rel=1e-5)
+    assert float(losses["m"]) == pytest.approx(float(tf.mask_loss(logit, M)), rel=1e-5)
 
 
 def test_restoration_reports_the_error_and_the_last_mask():
@@ -241,11 +236,11 @@ def test_restoration_reports_the_error_and_the_last_mask():
     model = tiny()
     model.net = Fake(lambda x_t, M_a, t: (x_t, x_t - 0.2,
                                           torch.full_like(x_t[:, :1], float(t[0]))))
-    steps, found = list(model.reverse_process(x)), model.restore(x)
-    assert torch.allclose(found.M_recon, ((x - steps[-1].x_prev) / 2)[:, :1] ** 2, atol=1e-7)
-    assert float(found.M_recon.min()) > 1e-3
-    assert float(found.M_last.mean()) == pytest.approx(1 / (1 + math.exp(-1)))
-    assert float(found.M_disc.mean()) == pytest.approx(
+    steps, restored = list(model.reverse_process(x)), model.restore(x)
+    assert torch.allclose(restored.M_recon, ((x - steps[-1].x_prev) / 2)[:, :1] ** 2, atol=1e-7)
+    assert float(restored.M_recon.min()) > 1e-3
+    assert float(restored.M_last.mean()) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert float(restored.M_disc.mean()) == pytest.approx(
         np.mean([1 / (1 + math.exp(-t)) for t in range(1, 21)]))
 
 
@@ -417,12 +412,14 @@ def test_one_code_path_for_cuda():
             for _ in range(20):                                     # all of the ten operations
                 images, foreground = perlin.rotate_batch(images, foreground, 90, rng, bool(kw))
                 images = perlin.change_light(images, 0.1, rng)
-                made = perlin.synthesize(images, foreground, textures, opaque, rng)
-            x, eps = data.scale(images), data.scale(made.A) * made.M
-            losses = model.losses(x, eps, made.M, made.M_a, torch.ones(4, dtype=torch.int64))
+                anomalies = perlin.synthesize(images, foreground, textures, opaque, rng)
+            x, eps = data.scale(images), data.scale(anomalies.A) * anomalies.M
+            t = torch.ones(4, dtype=torch.int64)
+            losses = model.losses(x, eps, anomalies.M, anomalies.M_a, t)
             result = model.restore(x, 2)
             M_final = tf.final_mask(result.M_disc, result.M_recon)
-            for tensor in (*losses.values(), *result, *made, M_final, tf.anomaly_score(M_final)):
+            for tensor in (*losses.values(), *result, *anomalies, M_final,
+                           tf.anomaly_score(M_final)):
                 assert tensor.device.type == "cuda"
 
 

@@ -72,18 +72,22 @@ def settings_of(folder: Path, flags: list[str]) -> Settings:
     return s
 
 
-@exit_status
-def main(argv: list[str] | None = None) -> None:
-    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Make a run folder of the authors' weights.",
                                      epilog="Any flag of train.py, too: --data, --channels ...")
     parser.add_argument("weights", metavar="FILE", help="a state dict in the authors' format")
     parser.add_argument("run", metavar="RUN", help="the run folder to make, OUT/DATA/CATEGORY-NAME")
-    flags, others = parser.parse_known_args(argv)
+    return parser
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    flags, train_flags = command_line().parse_known_args(argv)
     folder = Path(flags.run).expanduser()
     if (folder / "last.pt").exists():
         raise InputError(f"{folder} holds a model already; choose another name")
-    s = settings_of(folder, others)
+    s = settings_of(folder, train_flags)
     model = build_model(s)
     if not isinstance(model, TransFusion):
         raise InputError(f"--method {s.method}: the authors' weights are TransFusion's")

@@ -2,10 +2,10 @@
 
     python tools/readme_figures.py runs/demo/fabric runs/demo/blister runs/demo/gear
 
-docs/method.png is one step back of the first run: x_t, M_t, eps_t, n_t and x_{t-1}, as Eq. 4 joins
-them. x_t is a training image with a synthetic anomaly at t = T; the step goes half the way at once,
-because one of twenty changes too little to be seen. docs/demo.png has two test images of every run:
-the first of its first and of its last kind of defect, by name.
+docs/method.png is one reverse step with the model of the first run: x_t, M_t, eps_t, n_t and
+x_{t-1} as in Eq. 4. x_t is a training image with a synthetic anomaly at t = T. The step goes half
+the way at once, because one step of twenty changes too little to be seen. docs/demo.png shows two
+test images of every run: the first of its first and of its last kind of defect, by name.
 """
 import argparse
 import dataclasses
@@ -13,52 +13,61 @@ import io
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluate import draw_rows, pick_rows
-from runs import load_model, load_source
-from settings import exit_status
+sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
+
+from data import RunData, load_run_data
+from evaluate import draw_restorations
+from runs import load_model
+from settings import Settings
+from support.console import exit_status
+from support.pictures import pick_rows
 from train import make_batch
-from transfusion import Step, forward_process, reverse_step
+from transfusion import Step, TransFusion, forward_process, reverse_step
 
 PANEL, GAP, ABOVE, BELOW, DPI = 256, 26, 84, 66, 100                     # pixels
 
 
-@exit_status
-def main(argv: list[str] | None = None) -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Draw the README's pictures.")
-    parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--root", default="data", help="where the data sets lie (default: data)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
+    parser.add_argument("--root", default="data", help="folder of the data sets (default: data)")
     parser.add_argument("--batch", type=int, default=3, help="number of the training batch, whose "
                         "first image is drawn")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="the pictures' folder")
-    flags = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures")
+    return parser
 
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    flags = command_line().parse_args(argv)
     pictures = []
-    for run in flags.runs:
-        model, s, _ = load_model(Path(run) / "last.pt", torch.device("cpu"))
-        source = load_source(dataclasses.replace(s, root=flags.root, device="cpu"))
+    for folder in flags.runs:
+        model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
+        run_data = load_run_data(dataclasses.replace(s, root=flags.root, device="cpu"))
         if not pictures:
-            draw(*half_way_back(model, s, source, flags.batch), flags.out / "method.png")
-        items = source.category.test
-        defects = [k for k in pick_rows(items, 1) if items[k].label]
-        shown = [defects[0], defects[-1]]
+            draw_step(*half_way_back(model, s, run_data, flags.batch), flags.out / "method.png")
+        items = run_data.category.test
+        defective = [k for k in pick_rows([item.defect for item in items], 1) if items[k].label]
+        shown = [defective[0], defective[-1]]
         file = io.BytesIO()
-        draw_rows(file, model, s, source.test[shown],
-                  [f"{s.category}\n{items[k].defect}" for k in shown],
-                  [source.masks[k] for k in shown])
+        draw_restorations(file, model, s, run_data.test[shown],
+                          [f"{s.category}\n{items[k].defect}" for k in shown],
+                          [run_data.masks[k] for k in shown])
         pictures.append(np.asarray(Image.open(file).convert("RGB")))
     Image.fromarray(np.concatenate(pictures)).save(flags.out / "demo.png", optimize=True)
 
 
-def half_way_back(model, s, source, batch: int) -> tuple[Step, float, float]:
-    """Eq. 4 from t = T to the middle, of the first image of a training batch; both betas."""
-    x, eps, M, _, _ = make_batch(s, source, model.last_step, batch, torch.device("cpu"))
+def half_way_back(model: TransFusion, s: Settings, run_data: RunData,
+                  batch: int) -> tuple[Step, float, float]:
+    """Eq. 4 from t = T to the middle, for the first image of a training batch: the step, and beta
+    before and after it."""
+    x, eps, M, _, _ = make_batch(s, run_data, model.last_step, batch, torch.device("cpu"))
     x, eps, M = x[:1], eps[:1], M[:1]
     t, t_prev = model.path(2)[:2]
     beta, beta_prev = model.beta[t], model.beta[t_prev]
@@ -69,7 +78,7 @@ def half_way_back(model, s, source, batch: int) -> tuple[Step, float, float]:
     return Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev), beta.item(), beta_prev.item()
 
 
-def draw(step: Step, beta_t: float, beta_prev: float, out: Path) -> None:
+def draw_step(step: Step, beta_t: float, beta_prev: float, out: Path) -> None:
     """Five panels of PANEL pixels, with the paper's symbols above them and Eq. 4 below."""
     panels = [("$x_t$", rf"$t = T$, $\beta_t$ = {beta_t:.2g}", step.x_t),
               ("$M_t$", "where the anomaly is", step.M_t),
