@@ -25,13 +25,13 @@ from support.images import open_image, read_mask, size_of, to_rgb
 from support.layouts import (Category, Item, find_category, find_images, is_texture,
                              list_categories, list_images, root_folder)
 
-SCORING_GRID = 256                    # side in pixels of the grid on which uncropped images are scored
+SCORING_GRID = 256                    # side of the grid on which uncropped images are scored
 
 
 # ---------------------------------------------------------------- images and masks
 
 def preprocess(image: Image.Image, resize: int, crop: int) -> np.ndarray:
-    """Preprocessing of section 4.3: resize to a square (without its aspect ratio), then centre crop.
+    """Section 4.3's preprocessing: resize to resize x resize (aspect not kept), then centre crop.
 
     image: RGB of any size. Returns uint8 [3, crop, crop], which `scale` converts to [-1, 1].
     """
@@ -204,16 +204,16 @@ def foreground_from_folder(images: Images, category: Category, folder: Path) -> 
         other = files.setdefault(path.stem.removesuffix("_mask"), path)
         if other != path:
             raise InputError(f"{path}: a second foreground mask beside {other.name}; keep one")
-    ambiguous = [p for p, count in Counter(p.stem for p in category.train).items() if count > 1]
-    if ambiguous:
-        raise InputError(f"--foreground {folder}: {len(ambiguous)} names of training images stand for "
-                         f"several, as {ambiguous[0]}, so their masks are not known; rename them")
+    shared = [p for p, count in Counter(p.stem for p in category.train).items() if count > 1]
+    if shared:
+        raise InputError(f"--foreground {folder}: {len(shared)} names of training images stand for "
+                         f"several, as {shared[0]}, so their masks are not known; rename them")
     missing = [p for p in category.train if p.stem not in files]
     if missing:
         raise InputError(f"{folder}: no foreground mask named like {missing[0].name} "
                          f"(nor for {len(missing) - 1} more images)")
-    grey_masks = [load_image(files[p.stem], images.resize, images.crop).max(0) for p in category.train]
-    masks = ndimage.binary_dilation(np.stack(grey_masks)[:, None] > 127, np.ones((1, 1, 5, 5)))
+    grey = [load_image(files[p.stem], images.resize, images.crop).max(0) for p in category.train]
+    masks = ndimage.binary_dilation(np.stack(grey)[:, None] > 127, np.ones((1, 1, 5, 5)))
     return torch.from_numpy(masks), f"masks of {folder}, {masks.mean():.0%} of the image"
 
 
@@ -390,7 +390,7 @@ def describe_ground_truth(items: list[Item], masks: np.ndarray) -> list[str]:
 
     A second line lists the mask files that are empty.
     """
-    n_masks, outside, regions, empty_files = 0, 0, np.zeros(2, int), []
+    n_masks, outside, regions, empty = 0, 0, np.zeros(2, int), []
     for item, mask in zip(items, masks):
         if item.mask:
             full_mask = read_mask(item.mask)
@@ -398,12 +398,12 @@ def describe_ground_truth(items: list[Item], masks: np.ndarray) -> list[str]:
             regions += [ndimage.label(part, np.ones((3, 3)))[1] for part in (full_mask, mask)]
             outside += bool(full_mask.any()) and not mask.any()
             if not full_mask.any():
-                empty_files.append(item.mask)
+                empty.append(item.mask)
     notes = [f"ground truth: {regions[0]} regions in {n_masks} masks, {regions[1]} where they are "
              f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
-    if empty_files:
-        notes.append(f"warning: {len(empty_files)} masks of defects are empty_files, so these defects are not "
-                     f"scored: {', '.join(map(str, empty_files[:9]))}")
+    if empty:
+        notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
+                     f"scored: {', '.join(map(str, empty[:9]))}")
     return notes
 
 
@@ -429,11 +429,11 @@ def find_categories(s: Settings) -> tuple[Settings, list[str]]:
     if s.category != "all":
         return s, [s.category]
     if s.foreground not in ("auto", "none"):
-        without_masks = [name for name in names if not is_texture(s.data, name)
+        unmasked = [name for name in names if not is_texture(s.data, name)
                    and not (Path(s.foreground) / name).is_dir()]
-        if without_masks:
-            raise InputError(f"--foreground {s.foreground}: no folder {without_masks[0]} in it (nor for "
-                             f"{len(without_masks) - 1} more); each category needs one of its own there")
+        if unmasked:
+            raise InputError(f"--foreground {s.foreground}: no folder {unmasked[0]} in it (nor for "
+                             f"{len(unmasked) - 1} more); each category needs one of its own there")
     return s, names
 
 

@@ -110,10 +110,8 @@ def score(model: Method, s: Settings, run_data: RunData):
 
 
 def run_after_training(model: Method, s: Settings, run_data: RunData) -> None:
-    """Show a trained model the training images once more, where its method asks for it.
-
-    Raises InputError where the method lacks something.
-    """
+    """Show a trained model the training images once more, where its method asks for it. Raises
+    InputError where the method lacks something."""
     if not model.IMAGES_AFTER_TRAINING:
         return
     device = next(model.parameters()).device
@@ -181,10 +179,9 @@ def synthetic_defects(images: Images, held_out, foreground: Tensor,
 # ---------------------------------------------------------------- the results of a run
 
 def finish(run: Run) -> dict:
-    """Give a trained run its threshold, save it with that, and score it.
+    """Give a trained run its threshold, save it with that, and score it. Returns the metrics.
 
-    Without test images there are no scores, without defective ones there is a preview of synthetic
-    defects on held-out images. Returns the metrics.
+    Without defective test images a preview shows synthetic defects on held-out images.
     """
     s, run_data, model = run.settings, run.data, run.scored_model
     run_after_training(model, s, run_data)
@@ -217,10 +214,8 @@ def finish(run: Run) -> dict:
 
 
 def write_results(run: Run, path: Path | None = None) -> dict:
-    """Score a run's model. Writes its metrics to `path`, or metrics.json and the other files too.
-
-    The other files are scores.csv, maps.npz and qualitative.png. Returns the metrics.
-    """
+    """Score a run's model. Returns its metrics, and writes them to `path` or to metrics.json; with
+    the latter come scores.csv, maps.npz and qualitative.png."""
     s, run_data, model = run.settings, run.data, run.scored_model
     items = run_data.category.test
     print(f"  scoring {len(items)} test images", flush=True)
@@ -294,11 +289,10 @@ def draw_restorations(file, model: Method, s: Settings, images: Tensor, names: l
 # ---------------------------------------------------------------- the command
 
 def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
-    """Score the model of a run folder, with other values of the groups "scoring" and "machine".
+    """Score the model of a run folder and write the results. Returns the metrics.
 
-    changes: values of Settings by name; "data" where the run's images have moved. With the run's
-    own scoring metrics.json and its companions are written anew, with another metrics-*.json alone.
-    Returns the metrics. Raises InputError.
+    changes: values of Settings by name, of the groups "scoring" and "machine", and "data" where the
+    run's images have moved. With another scoring only metrics-*.json is written. Raises InputError.
     """
     model, trained, state = load_model(folder / "last.pt", pick_device(device))
     if changes.get("final_mask") == "last":

@@ -1,7 +1,7 @@
 """Scores of anomaly maps: image and pixel AUROC and AP, F1-max, AUPRO, a threshold from normals.
 
-AUPRO is written out because its definition matters, and the other pixel metrics are made by the
-same curve, in a fraction of a library's memory; the image metrics are scikit-learn's. No torch.
+AUPRO is implemented here because its definition matters. The other pixel metrics use the same
+curve, in a fraction of a library's memory. The image metrics are scikit-learn's. No torch.
 """
 import math
 import warnings
@@ -62,9 +62,9 @@ def weighted_roc(maps: np.ndarray, masks: np.ndarray,
                  weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """False-positive rate and weighted true-positive rate, from (0, 0) to (1, 1).
 
-    weights: of the anomalous pixels, in the order of maps[masks]. The curve rises only at their
-    scores, so these alone are the thresholds, each with two points: before it, and with the pixels
-    of this very score, normal ones among them. Other arguments and errors as in `aupro`.
+    weights: one per anomalous pixel, in the order of maps[masks]. The curve rises only at the
+    scores of these pixels, so only they are thresholds. Each has two points: without and with the
+    pixels of exactly this score, normal ones included. Other arguments and errors as in `aupro`.
     """
     if not masks.any() or masks.all():
         raise ValueError("pixel metrics need at least one anomalous and one normal pixel")
@@ -79,7 +79,7 @@ def weighted_roc(maps: np.ndarray, masks: np.ndarray,
 
 
 def area(fpr: np.ndarray, tpr: np.ndarray, limit: float = 1.0) -> float:
-    """Area under a curve up to fpr = limit, where it is interpolated: trapezoids."""
+    """Area under a curve up to fpr = limit by trapezoids; the last point is interpolated."""
     k = np.searchsorted(fpr, limit)                         # the first point at or past the limit
     at_limit = np.interp(limit, fpr[k - 1:k + 1], tpr[k - 1:k + 1])
     return float(np.trapezoid(np.append(tpr[:k], at_limit), np.append(fpr[:k], limit)))
@@ -102,8 +102,8 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
 
     labels: [N] in {0, 1}; scores: [N]; maps: [N, H, W]; masks: [N, H, W] in {0, 1}, of any dtype,
     or None where there is no ground truth. image_f1max: the best F1 of all thresholds, which sees
-    the labels: an upper bound, not a result. What is undefined (no defective or no good image, no
-    masks) is NaN, with a warning that names it. Raises ValueError for other masks (see
+    the labels: an upper bound, not a result. An undefined metric (no defective or no good image, no
+    masks) is NaN, and a warning gives the reason. Raises ValueError for other masks (see
     `checked_masks`).
     """
     labels = np.asarray(labels).astype(int)
@@ -131,8 +131,8 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
 
 
 class Threshold(NamedTuple):
-    """A score above `value` is an alarm; on normal images that happens at `rate`, on average over
-    held-out samples of this size, and for this very sample within `low`..`high` (95 %)."""
+    """A score above `value` is an alarm. `rate` is the false alarm rate on normal images, averaged
+    over held-out samples of this size; for this sample, it lies in `low`..`high` (95 %)."""
     value: float
     rate: float
     low: float
@@ -142,10 +142,10 @@ class Threshold(NamedTuple):
 def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> Threshold:
     """A threshold from scores of normal images alone.
 
-    The k-th largest of n scores, k = floor(false_alarms (n + 1)), is exceeded by a new one with
+    The k-th largest of n scores, k = floor(false_alarms (n + 1)), is exceeded by a new score with
     probability k / (n + 1) on average; given the sample, that probability is Beta(k, n + 1 - k)
-    distributed. With too few scores for the rate asked for (k = 0) the largest is taken. Raises
-    ValueError where there are none.
+    distributed. With too few scores for the requested rate (k = 0), the largest score is taken.
+    Raises ValueError if there are no scores.
     """
     ordered = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     n = len(ordered)
@@ -158,10 +158,10 @@ def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> Threshol
 
 @dataclass(frozen=True)
 class CalibrationScores:
-    """Image scores from which a threshold is set, and which a checkpoint keeps.
+    """Image scores from which a threshold is set; a checkpoint contains them.
 
-    held_out: of normal images that were not trained on; training: of some that were; synthetic: of
-    `evaluate.synthetic_defects`; infer_steps: the network calls with which all were scored.
+    held_out: scores of normal images that were not trained on; training: of some that were;
+    synthetic: of `evaluate.synthetic_defects`; infer_steps: the network calls per image.
     """
     held_out: list[float]
     training: list[float]
@@ -170,13 +170,13 @@ class CalibrationScores:
 
 
 def threshold(scores: CalibrationScores, false_alarms: float) -> Threshold:
-    """The threshold for images and, as a score is its map's largest value (Eq. 11), for the regions
+    """The threshold for images and, because a score is its map's maximum (Eq. 11), for the regions
     of a map.
 
-    `normal_threshold` of the held-out and the training images together, and never below
-    that of the held-out ones alone. These few bound the false alarm rate badly. The training
-    images, which a network that learns from synthetic anomalies does not know by heart, score as
-    new ones do, or lower.
+    It is the `normal_threshold` of held-out and training images together, and never below that of
+    the held-out images alone, which are too few to bound the false alarm rate well. Training images
+    score as new images do, or lower: a network that learns from synthetic anomalies does not
+    memorise them.
     """
     return max((normal_threshold(some, false_alarms)
                 for some in (scores.held_out, scores.held_out + scores.training)),
@@ -191,7 +191,7 @@ def synthetic_detection_rate(scores: CalibrationScores, limit: Threshold) -> flo
 
 
 def describe_threshold(scores: CalibrationScores, limit: Threshold) -> str:
-    """A threshold in words: its false alarm rate, how surely, and its synthetic detection rate."""
+    """Describe a threshold: its false alarm rate with a range, its synthetic detection rate."""
     counts = f"{len(scores.held_out)} held-out"
     if scores.training:
         counts += f" and {len(scores.training)} training"
@@ -211,7 +211,7 @@ def threshold_metrics(calibration: CalibrationScores | None, false_alarms: float
     """The threshold from normal images, and its false alarm and detection rates on the test set.
 
     image_auroc_held_out: the image AUROC with the held-out images in place of the test set's good
-    ones. It differs where these differ from the other normal images, in light say.
+    images. It differs if these differ from the other normal images, for example in their light.
     """
     results = dict.fromkeys(("threshold", "false_alarms_promised", "false_alarm_rate",
                              "detection_rate", "synthetic_found", "image_f1",

@@ -1,4 +1,4 @@
-"""A trained model on new images: heat maps, restored images, scores, verdicts and regions.
+"""Inspect images with a trained model: heat maps, restored images, scores, verdicts and regions.
 
     python predict.py runs/mvtec/cable photos/ --out found/
 
@@ -6,9 +6,10 @@
     result = model.inspect("photo.png")
     result.score, result.verdict, result.heat_map(), result.regions
 
-Training is train.py's, thresholds evaluate.py's.
+train.py trains the model, and evaluate.py computes the scores that set its threshold.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import glob
@@ -18,6 +19,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +28,55 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from data import Images, Textures, foreground_masks, preprocess, scale
-from evaluate import final_maps, image_scores, network_calls, scores_of, synthetic_defects
-from metrics import CalibrationScores, describe_threshold, threshold
-from runs import load_checkpoint, load_model
-from settings import Settings, check, names_of
-from support.console import InputError, exit_status, progress_bar
-from support.devices import pick_device
-from support.files import locked_folder, make_folder, save_atomically, save_csv
-from support.images import TOO_DARK, decode, open_image, to_rgb
-from support.layouts import (Category, find_files, find_images, labels_among_images, root_folder,
-                             unread_files)
-from support.page import web_page
-from support.pictures import over_grey
-from support.weights import load_torch
-from transfusion import Method
+HERE = Path(__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def own_modules():
+    """Import this folder's modules although the calling program may have a settings.py of its own.
+
+    At the end the caller's modules are found under their names again.
+    """
+    names = {*(path.stem for path in HERE.glob("*.py")), "baselines", "support"}
+    path = list(sys.path)
+
+    def is_foreign(file: str | None) -> bool:
+        return file is None or HERE not in Path(file).resolve().parents
+
+    def loaded(name: str) -> list[str]:
+        return [module for module in sys.modules if module.split(".")[0] == name]
+
+    callers = {module: sys.modules.pop(module) for name in names for module in loaded(name)
+               if is_foreign(getattr(sys.modules[module], "__file__", None))}
+    sys.path.insert(0, str(HERE))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in names:
+            spec = PathFinder.find_spec(name, path)
+            if spec and spec.origin and is_foreign(spec.origin):
+                for module in loaded(name):
+                    del sys.modules[module]
+        sys.modules.update(callers)
+
+
+with own_modules():
+    from data import Images, Textures, foreground_masks, preprocess, scale
+    from evaluate import final_maps, image_scores, network_calls, scores_of, synthetic_defects
+    from metrics import CalibrationScores, describe_threshold, threshold
+    from runs import load_checkpoint, load_model
+    from settings import Settings, check, names_of
+    from support.console import InputError, exit_status, progress_bar
+    from support.devices import pick_device
+    from support.files import locked_folder, make_folder, save_atomically, save_csv
+    from support.images import TOO_DARK, decode, open_image, to_rgb
+    from support.layouts import (Category, find_files, find_images, labels_among_images,
+                                 root_folder, unread_files)
+    from support.page import web_page
+    from support.pictures import over_grey
+    from support.weights import load_torch
+    from transfusion import Method
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
@@ -56,10 +92,10 @@ ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3
 class Inspection:
     """The result for one image.
 
-    score: Eq. 11. verdict: "defective", "normal", or "" for a model without threshold. M_final:
-    Eq. 10, float32 [H, W], NaN where the centre crop leaves the image out. image, restored: uint8
-    [H, W, 3]; the restored is the image itself where that is so. H x W is the image's own size, or
-    smaller where that has a side over MAX_PICTURE_SIDE pixels; size: its own width and height.
+    score: Eq. 11. verdict: "defective", "normal", or "" for a model without a threshold. M_final:
+    Eq. 10, float32 [H, W], NaN outside the centre crop. image, restored: uint8 [H, W, 3]; outside
+    the crop, `restored` is the image itself. H x W is the size of the image, scaled down if a side
+    exceeds MAX_PICTURE_SIDE pixels. size: the original width and height in pixels.
     """
     image: np.ndarray
     size: tuple[int, int]
@@ -79,8 +115,8 @@ class Inspection:
         return "defective" if self.score > self.threshold else "normal"
 
     def heat_map(self) -> Image.Image:
-        """The map over the grey image, colours from 0 to twice the threshold; what was not
-        inspected is hatched."""
+        """The anomaly map over the grey image, in colours from 0 to twice the threshold. The area
+        outside the centre crop is hatched."""
         top = max(2 * self.threshold if self.threshold else 0.5, 1e-6)
         shown = over_grey(self.image, np.nan_to_num(self.M_final), top)
         rows, columns = np.indices(self.M_final.shape)
@@ -90,34 +126,35 @@ class Inspection:
 
     @property
     def regions(self) -> list[dict]:
-        """Each 8-connected region of the map above the threshold, the highest first.
+        """The 8-connected regions of the map above the threshold, the highest peak first.
 
-        x, y: the box's left and top; width, height; area: all in pixels of the image's own size;
-        peak: the map's maximum. An empty list for a normal image, and without a threshold.
+        x, y (left and top of the bounding box), width, height and area are in pixels of the
+        original image; peak is the map's maximum in the region. A normal image and a model without
+        a threshold give an empty list.
         """
         if self.verdict != "defective":
             return []
         M = np.nan_to_num(self.M_final)
-        level = min(self.threshold, 0.999 * M.max())           # resizing takes a little off a peak
+        level = min(self.threshold, 0.999 * M.max())           # resizing lowers a peak slightly
         H, W = self.M_final.shape
-        wide, high = self.size[0] / W, self.size[1] / H
+        x_scale, y_scale = self.size[0] / W, self.size[1] / H
         labels, _ = ndimage.label(M > level, np.ones((3, 3)))
         regions = []
         for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
             inside = labels[rows, columns] == k
-            regions.append({"x": round(columns.start * wide), "y": round(rows.start * high),
-                            "width": round((columns.stop - columns.start) * wide),
-                            "height": round((rows.stop - rows.start) * high),
-                            "area": round(inside.sum() * wide * high),
+            regions.append({"x": round(columns.start * x_scale), "y": round(rows.start * y_scale),
+                            "width": round((columns.stop - columns.start) * x_scale),
+                            "height": round((rows.stop - rows.start) * y_scale),
+                            "area": round(inside.sum() * x_scale * y_scale),
                             "peak": float(self.M_final[rows, columns][inside].max())})
         return sorted(regions, key=lambda region: -region["peak"])
 
 
 class Inspector:
-    """A trained model that inspects images; `load` makes it.
+    """A trained model that inspects images; created by `load`.
 
-    threshold: metrics.Threshold, or None for a model without held-out images. batch: images that go
-    through the network at a time.
+    threshold: metrics.Threshold, or None for a model without held-out images. batch: number of
+    images that the network restores at a time.
     """
 
     batch = 8
@@ -128,10 +165,11 @@ class Inspector:
         self.threshold = threshold(calibration, s.false_alarms) if calibration else None
 
     def inspect(self, images):
-        """The Inspection of an image, or the list of those of a list of images.
+        """The Inspection of an image, or a list of Inspections for a list of images.
 
-        images: a path, a PIL image, or an array of uint8 or uint16, grey [H, W], [H, W, 1], RGB or
-        RGBA, of any size. Raises ValueError for anything else, and for a file that is no image.
+        images: a path, a PIL image, or an array of uint8 or uint16: grey [H, W] or [H, W, 1], RGB
+        [H, W, 3] or RGBA [H, W, 4], of any size. Raises ValueError for anything else, and for a
+        file that is not an image.
         """
         if not isinstance(images, (list, tuple)):
             return self.inspect_batch([images])[0]
@@ -139,31 +177,31 @@ class Inspector:
                 for inspection in self.inspect_batch(images[start:start + self.batch])]
 
     def inspect_batch(self, images) -> list[Inspection]:
-        """`inspect` for a list that goes through the network at once."""
+        """`inspect` for a list of images that the network restores as one batch."""
         pictures = [as_rgb(image) for image in images]
-        ready = np.stack([preprocess(image, self.s.resize, self.s.crop) for image in pictures])
-        x = scale(torch.tensor(ready).to(next(self.model.parameters()).device))
+        arrays = np.stack([preprocess(image, self.s.resize, self.s.crop) for image in pictures])
+        x = scale(torch.tensor(arrays).to(next(self.model.parameters()).device))
         restored = self.model.restore(x, self.s.infer_steps)
         maps = final_maps({name: getattr(restored, name)[:, 0].cpu().numpy()
                            for name in ("M_disc", "M_recon", "M_last")}, self.s)
         scores = image_scores(maps).tolist()
         limit = self.threshold and self.threshold.value
-        return [Inspection(shown, image.size, score, *uncrop(shown, M, x_0, self.s), limit)
-                for image, shown, score, M, x_0 in
+        return [Inspection(displayed, image.size, score, *uncrop(displayed, M, x_0, self.s), limit)
+                for image, displayed, score, M, x_0 in
                 zip(pictures, map(as_shown, pictures), scores, maps, restored.x_0.cpu())]
 
 
 def load(run, device: str = "auto", **changes) -> Inspector:
-    """The model of a run folder or a checkpoint, ready to inspect.
+    """Load the model of a run folder or of a checkpoint file.
 
-    changes: of the run's settings, as `false_alarms=0.01` or `infer_steps=5`. Raises ValueError
-    for a file that is no checkpoint or settings that cannot be.
+    changes: scoring settings to override, such as `false_alarms=0.01` or `infer_steps=5`. Raises
+    ValueError for a file that is not a checkpoint and for invalid settings.
     """
     path = Path(run).expanduser()
     model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
-    unknown = set(changes) - names_of("scoring")
-    if unknown:
-        raise InputError(f"{', '.join(sorted(unknown))}: cannot be changed after training")
+    not_scoring = set(changes) - names_of("scoring")
+    if not_scoring:
+        raise InputError(f"{', '.join(sorted(not_scoring))}: cannot be changed after training")
     s = dataclasses.replace(s, **changes)
     check(s)
     network_calls(model, s)
@@ -172,7 +210,7 @@ def load(run, device: str = "auto", **changes) -> Inspector:
 
 
 def as_rgb(image) -> Image.Image:
-    """8-bit RGB of whatever `inspect` takes. Raises ValueError."""
+    """Convert any image that `inspect` accepts to 8-bit RGB. Raises ValueError for other inputs."""
     if isinstance(image, (str, os.PathLike)):
         return to_rgb(open_image(Path(image).expanduser()))
     if isinstance(image, Image.Image):
@@ -191,10 +229,10 @@ def as_rgb(image) -> Image.Image:
 
 
 def as_shown(image: Image.Image) -> np.ndarray:
-    """The image at the size of its pictures, uint8 [H, W, 3]."""
-    share = MAX_PICTURE_SIDE / max(image.size)
-    if share < 1:
-        image = image.resize([max(1, round(share * side)) for side in image.size],
+    """The image, scaled down if a side exceeds MAX_PICTURE_SIDE pixels, as uint8 [H, W, 3]."""
+    ratio = MAX_PICTURE_SIDE / max(image.size)
+    if ratio < 1:
+        image = image.resize([max(1, round(ratio * side)) for side in image.size],
                              Image.Resampling.BILINEAR, reducing_gap=2)
     return np.array(image)
 
@@ -210,21 +248,21 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
     top, left = round(edge * H), round(edge * W)
     bottom, right = H - top, W - left
     size = (right - left, bottom - top)
-    full, restored = np.full((H, W), np.nan, np.float32), image.copy()
-    full[top:bottom, left:right] = Image.fromarray(M_final).resize(size, Image.Resampling.BILINEAR)
+    whole, restored = np.full((H, W), np.nan, np.float32), image.copy()
+    whole[top:bottom, left:right] = Image.fromarray(M_final).resize(size, Image.Resampling.BILINEAR)
     pixels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     restored[top:bottom, left:right] = Image.fromarray(pixels).resize(size,
                                                                       Image.Resampling.BILINEAR)
-    return full, restored
+    return whole, restored
 
 
 # ---------------------------------------------------------------- the command
 
 def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
-    """The image files that names stand for: files, folders (searched through) and globs.
+    """Find the image files of `names`: files, folders (searched recursively) and globs.
 
-    The pictures that this command has written are left out. Returns the files, and notes on what
-    was not read. Raises InputError where a name stands for none.
+    Pictures that this command has written are skipped. Returns the files, and notes on other files
+    that are not read. Raises InputError for a name without any image.
     """
     def is_output(path: Path) -> bool:
         return any(folder.name in PICTURES and (folder.parent.resolve() == out.resolve()
@@ -252,8 +290,8 @@ def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
 
 
 def relative_names(files: list[Path]) -> list[str]:
-    """Each file's path below the folder that holds them all; from its drive's root, where they lie
-    on several."""
+    """Each file's path relative to the common folder of all files, or to the root of its drive if
+    they are on several drives."""
     try:
         common = Path(os.path.commonpath([file.parent for file in files]))
         return [file.relative_to(common).as_posix() for file in files]
@@ -262,8 +300,8 @@ def relative_names(files: list[Path]) -> list[str]:
 
 
 def tiff_paths(files: list[Path], names: list[str]) -> list[str]:
-    """CATEGORY/test/DEFECT/NNN.tiff for images of such a tree, else, or where two would be one, its
-    own name."""
+    """Names of the float maps: CATEGORY/test/DEFECT/NNN.tiff for images in such a tree; for other
+    images, and where two names would be equal, the relative name plus .tiff."""
     paths = ["/".join((*file.parts[-4:-1], file.stem + ".tiff"))
              if len(file.parts) > 3 and file.parts[-3] == "test" else name + ".tiff"
              for file, name in zip(files, names)]
@@ -273,7 +311,7 @@ def tiff_paths(files: list[Path], names: list[str]) -> list[str]:
 
 @exit_status
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 where an image could not be read, 2, 130."""
+    """Run the command. Returns the exit status: 0, or 1 if an image could not be read."""
     flags = parse(argv)
     changes = {k: getattr(flags, k) for k in ("false_alarms", "infer_steps")
                if getattr(flags, k) is not None}
@@ -296,10 +334,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
-    """Inspect them batch by batch and write the results. Returns 1 where some cannot be read."""
+    """Inspect the files batch by batch and write the results. Returns 1 if one cannot be read."""
     names = relative_names(files)
     map_names = tiff_paths(files, names)
-    scores, all_regions, shown, unread = [], [], [], []
+    scores, all_regions, page_rows, unreadable = [], [], [], []
     with progress_bar(total=len(files), unit="image") as bar:
         for start in range(0, len(files), flags.batch):
             batch, pictures = range(start, min(start + flags.batch, len(files))), {}
@@ -307,7 +345,7 @@ def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
                 try:
                     pictures[k] = to_rgb(open_image(files[k]))
                 except InputError as error:
-                    unread.append(files[k])
+                    unreadable.append(files[k])
                     bar.write(f"error: {error}", file=sys.stderr)
             for k, result in zip(pictures, model.inspect(list(pictures.values()))):
                 regions = result.regions
@@ -316,7 +354,7 @@ def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
                                "" if result.threshold is None else f"{result.threshold:.6g}"})
                 all_regions += [{"file": names[k], **region, "peak": f"{region['peak']:.6g}"}
                                 for region in regions]
-                shown.append((files[k], names[k], result.score, result.size, regions))
+                page_rows.append((files[k], names[k], result.score, result.size, regions))
                 save_image(out / "heatmaps" / f"{names[k]}.png", result.heat_map())
                 save_image(out / "restored" / f"{names[k]}.png", Image.fromarray(result.restored))
                 if flags.maps == "tiff":
@@ -326,18 +364,18 @@ def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
             save_csv(out / "regions.csv", all_regions, REGION_COLUMNS)
             bar.update(len(batch))
     limit = model.threshold and model.threshold.value
-    page = web_page(shown, limit, out, len(unread)).encode("utf-8", "backslashreplace")
+    page = web_page(page_rows, limit, out, len(unreadable)).encode("utf-8", "backslashreplace")
     save_atomically(out / "index.html", lambda file: file.write(page))
     defective = sum(row["verdict"] == "defective" for row in scores)
     print(f"{len(scores)} images inspected"
           + (f", {defective} defective" if model.threshold else ", no verdicts")
-          + (f", {len(unread)} could not be read" if unread else "")
+          + (f", {len(unreadable)} could not be read" if unreadable else "")
           + f"; index.html, scores.csv, regions.csv, heatmaps and restored are in {out}")
-    return 1 if unread else 0
+    return 1 if unreadable else 0
 
 
 def remove_old_pictures(out: Path) -> None:
-    """Remove the pictures that the scores.csv of an earlier call names."""
+    """Remove the pictures of an earlier call, which its scores.csv lists."""
     try:
         with open(out / "scores.csv", newline="", encoding="utf-8") as file:
             names = [row["file"] for row in csv.DictReader(file)]
@@ -351,11 +389,11 @@ def remove_old_pictures(out: Path) -> None:
 
 
 def calibrate(model: Inspector, run: Path, flags) -> Inspector:
-    """--calibrate: take the threshold of a trained model from photos of good parts, and keep it.
+    """--calibrate: set the threshold of a trained model with photos of good parts, and save it.
 
-    They count as held-out images and replace those of an earlier call. The run's own held-out
-    images count with those of the training: a few photos alone would bound the false alarm rate
-    worse than these did. All are scored with the run's own settings, whatever the flags change.
+    The photos serve as held-out images and replace those of an earlier call. The run's own held-out
+    images are counted as training images, because a few photos alone would bound the false alarm
+    rate poorly. All images are scored with the run's own settings, even if flags change them.
     """
     path = run / "last.pt" if run.is_dir() else run
     s, state = load_checkpoint(path)
@@ -369,18 +407,18 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     indices = range(len(files))
     synthetic, _ = synthetic_defects(photos, indices, foreground, Textures(root, s.crop))
     calls, training = network_calls(model.model, s), []
-    own = state.get("calibration")                         # the training's
-    if own and own["infer_steps"] == calls:
-        training = own["held_out"] + own["training"]
+    run_scores = state.get("calibration")                  # from the training
+    if run_scores and run_scores["infer_steps"] == calls:
+        training = run_scores["held_out"] + run_scores["training"]
     scores = CalibrationScores(scores_of(model.model, s, photos, indices), training,
                                scores_of(model.model, s, synthetic, range(len(synthetic))), calls)
     with locked_folder(path.parent):
         content = {**load_torch(path), "user_calibration": dataclasses.asdict(scores)}
         save_atomically(path, lambda file: torch.save(content, file))
-    before = "no threshold"
+    old_threshold = "no threshold"
     if model.calibration:
-        before = f"threshold {threshold(model.calibration, s.false_alarms).value:.4f}"
-    print(f"{path}: {before} before, {threshold(scores, s.false_alarms).value:.4f} now")
+        old_threshold = f"threshold {threshold(model.calibration, s.false_alarms).value:.4f}"
+    print(f"{path}: {old_threshold} before, {threshold(scores, s.false_alarms).value:.4f} now")
     needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
     if len(files) + len(training) < needed:
         print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
@@ -389,7 +427,7 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
 
 
 def print_threshold(model: Inspector, run: str) -> None:
-    """Print the threshold with what it promises, or how to get one."""
+    """Print the threshold and its expected false alarm rate, or how to set a threshold."""
     if not model.threshold:
         print(f"this model has no threshold: scores only; python predict.py {run} --calibrate "
               f"GOOD_PHOTOS gives it one")

@@ -39,11 +39,10 @@ class Diverged(Exception):
 class Run:
     """A training at one of its steps, with all that its checkpoint keeps.
 
-    Without an optimizer it is a model to evaluate. seconds: of training. rollbacks: how often it
-    went back to a checkpoint. outliers, running_mean: see `record`. epoch_steps: the losses of the
-    epoch's steps. log, evaluations: rows of log.csv and eval.csv. calibration: the fields of
-    `evaluate.CalibrationScores`, once the training has ended; user_calibration: the same of photos
-    that predict.py --calibrate was given.
+    Without an optimizer it is a model to evaluate. seconds: of training. rollbacks: its returns to
+    a checkpoint. outliers, running_mean: see `record`. epoch_steps: the losses of the epoch's
+    steps. log, evaluations: rows of log.csv and eval.csv. calibration: a `CalibrationScores` as a
+    dict, once the training has ended; user_calibration: that of predict.py --calibrate.
     """
     folder: Path
     settings: Settings
@@ -280,12 +279,10 @@ def load_checkpoint(path: Path) -> tuple[Settings, dict]:
     if wrong:
         raise InputError(f"{path} holds settings of a wrong type ({', '.join(wrong)[:100]})")
     if state["format"] < 4:                                # other names for the same scores
+        names = {"images": "held_out", "trained": "training"}
         for new, old in (("calibration", "normal"), ("user_calibration", "calibrated")):
-            scores = state.get(old)
-            state[new] = scores and {"held_out": scores["images"],
-                                     "training": scores.get("trained", []),
-                                     "synthetic": scores.get("synthetic", []),
-                                     "infer_steps": scores["infer_steps"]}
+            scores = {names.get(k, k): v for k, v in (state.get(old) or {}).items()}
+            state[new] = scores and {"training": [], "synthetic": [], **scores}
     return Settings(**settings), state
 
 
@@ -298,6 +295,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Method, Settings, dict
     s, state = load_checkpoint(path)
     if s.precision == "bf16" and not fast_bf16(device):
         s = dataclasses.replace(s, precision="float32")
-    model = build_model(s)
+    with torch.random.fork_rng([]):                        # the caller's random numbers go on
+        model = build_model(s)
     load_weights(model, state["ema"] or state["model"], path)
     return model.to(device).eval(), s, state

@@ -43,8 +43,7 @@ class Settings:
                         "demo's: ./data)", "machine")
     out: str = setting("runs", "folder of the run folders", "machine")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "machine")
-    memory_gb: float = setting(4.0, "memory for images; those beyond it are read from disk at "
-                               "every use", "machine")
+    memory_gb: float = setting(4.0, "memory for images; others are read at every use", "machine")
     eval_batch: int = setting(16, "number of images restored at a time", "machine")
     checkpoint_every: int = setting(1000, "steps between checkpoints", "machine")
     recompute: bool = setting(False, "train with less memory, in a third more time", "machine")
@@ -76,8 +75,8 @@ class Settings:
     clip: float = setting(0.0, "largest norm of the gradient; 0 for no clipping", "training")
     ema: float = setting(0.0, "decay of the moving average of the weights, which is the model that "
                          "is scored; 0 for no average", "training")
-    precision: str = setting("float32", "numerical precision of the network; auto: bfloat16 where "
-                             "the hardware is fast in it", "training", ("auto", "bf16", "float32"))
+    precision: str = setting("float32", "precision of the network; auto: bfloat16 where it is fast",
+                             "training", ("auto", "bf16", "float32"))
     compile: bool = setting(False, "compile the network: minutes to start, then a tenth faster on "
                             "a CPU", "training")
     hold_out: float = setting(0.0, "share of the normal images that is not trained on and sets the "
@@ -250,12 +249,12 @@ def check(s: Settings) -> None:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
     for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1),
                       ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1),
-                      ("clip", 0), ("seed", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0),
+                      ("clip", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0),
                       ("rotation", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"{flag_of(name)} {getattr(s, name)}: must be at least {low}")
     for name, high in (("lam", 1), ("light", 1), ("hold_out", 0.9), ("ema", 1),
-                       ("false_alarms", 1)):
+                       ("false_alarms", 1), ("seed", 2 ** 63 - 1)):
         if not 0 <= getattr(s, name) <= high:
             raise InputError(f"{flag_of(name)} {getattr(s, name)}: must lie in 0..{high}")
     if s.ema == 1:

@@ -1,7 +1,7 @@
 """TransFusion: the paper's Eq. 1-11, the network they train and the restoration they run.
 
 Read it beside the paper (Fučka, Zavrtanik, Skočaj, ECCV 2024): section 3.1 is the transparency
-process, 3.2 the network and the losses, 3.4 the reverse process. No files and no data in here.
+process, 3.2 the network and the losses, 3.4 the reverse process. It reads no files and no data.
 
 Symbols are the paper's. Tensors are [B, C, H, W]; images lie in [-1, 1]; M is a mask in {0, 1},
 M_a the guide, an imperfect M, M_t a predicted mask in [0, 1]; t counts from T (opaque anomaly) down
@@ -42,7 +42,7 @@ def reverse_step(x_t: Tensor, M_t: Tensor, eps_t: Tensor, n_t: Tensor,
     """Eq. 4: x_{t-1} = x_t - (beta_t - beta_{t-1}) (M_t * eps_t)
                         + (beta_t - beta_{t-1}) (M_t * n_t).
 
-    It holds for a longer step, too: beta_prev is that of the step gone to. x_t, eps_t, n_t:
+    In a longer step, beta_prev is the opacity at the step that it leads to. x_t, eps_t, n_t:
     [B, 3, H, W]; M_t: [B, 1, H, W]; betas: numbers or [B, 1, 1, 1]. Returns [B, 3, H, W].
     """
     d_beta = beta_t - beta_prev
@@ -56,7 +56,7 @@ def transparency_schedule(T: int, kind: str = "linear", authors: bool = False) -
     T transitions, so T + 1 values; the authors' code has T values. Computed in float64, returned
     as float32. Raises ValueError for a T that leaves no step of restoration or for an unknown kind.
     """
-    least = 3 if authors else 1                    # theirs starts at T - 2
+    least = 3 if authors else 1                    # the authors start at T - 2
     if T < least:
         raise ValueError(f"T = {T} leaves no step of restoration: it must be at least {least}")
     u = torch.linspace(0, 1, T if authors else T + 1, dtype=torch.float64)
@@ -92,10 +92,10 @@ PE_CHANNELS = {"2d": 16, "row": 1, "none": 0}
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or as many as divide both 32 and the channels: one a channel for 16 and 32.
+    """GroupNorm of gcd(32, channels) groups: for 16 or 32 channels, each channel is a group.
 
-    One channel a group takes out again what the time embedding adds to it, a constant: in a network
-    of 16 or 32 channels t acts only at the lower resolutions.
+    Such a group cancels the constant that the time embedding adds to its channel: in a network of
+    16 or 32 channels, t acts only at the lower resolutions.
     """
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
@@ -185,7 +185,7 @@ class Resample(nn.Module):
         self.conv = (nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) if up
                      else nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:      # all layers are called alike
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:      # called like a Block
         return self.conv(x)
 
 
@@ -203,15 +203,15 @@ class Middle(nn.Module):
 class ResUNet(nn.Module):
     """The network of section 3.2: x_t, the guide M_a, PE and t in; eps_t, n_t and M_t's logit out.
 
-    Where the paper says no more than ResUNet it is the authors': four levels of width 1, 2, 4, 8 x
-    `channels`, two residual blocks each on the way down and three on the way up, attention at the
-    two lowest resolutions, 54.6 M parameters at 64 channels; so are the GroupNorm and the SiLU of
-    the anomaly head (in the paper a convolution alone).
+    The paper says only "ResUNet"; the layers are the authors': four levels of 1, 2, 4, 8 x
+    `channels` channels, two residual blocks per level on the way down and three on the way up,
+    attention at the two lowest resolutions, 54.6 M parameters at 64 channels. The GroupNorm and the
+    SiLU of the anomaly head are theirs, too (in the paper it is a convolution alone).
 
     channels: a multiple of 8. pe: a key of PE_CHANNELS; guide: whether the network sees the
     previous mask estimate (Table 4's ablations take either out of it). attention_norm: see
-    Attention. recompute: in training, keep only the blocks' inputs and compute the rest again in
-    the backward pass: less memory, a third more time.
+    Attention. recompute: in training, keep only the blocks' inputs and recompute the rest in the
+    backward pass, which needs less memory and a third more time.
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
@@ -285,15 +285,15 @@ class ResUNet(nn.Module):
     def start_from_identity(self) -> None:
         """Initialise so that n_t = x_t, M_t is small everywhere, and residual branches are silent.
 
-        Most of an image is normal, so this is most of the answer; from torch's default weights it
-        takes hundreds of steps to learn it. The paper says nothing on initialisation.
+        Most of an image is normal, so this is close to the solution; from torch's default weights,
+        training takes hundreds of steps to reach it. The paper does not mention initialisation.
         """
         for module in self.modules():
             if isinstance(module, (ResidualBlock, Attention)):
                 last = module.conv2 if isinstance(module, ResidualBlock) else module.output
                 last.weight.zero_()
                 last.bias.zero_()
-        last = self.up[-1].res.shortcut                # its input is [h, the input convolution]
+        last = self.up[-1].res.shortcut                # its input is [h, image_proj's output]
         skip = last.in_channels - self.image_proj.out_channels
         for layer, first in ((self.image_proj, 0), (last, skip), (self.normal_head, 0)):
             layer.weight[:3].zero_()
@@ -344,7 +344,7 @@ def mask_loss(logit: Tensor, M: Tensor, alpha: float = 5.0) -> Tensor:
 
 
 def anomaly_loss(eps_t: Tensor, eps: Tensor) -> Tensor:
-    """Eq. 7: L_a = L2(eps_t, eps), the mean squared error; eps is zero outside M (the authors')."""
+    """Eq. 7: L_a = L2(eps_t, eps), the mean squared error; eps is 0 outside M (their code)."""
     return F.mse_loss(eps_t, eps)
 
 
@@ -362,7 +362,7 @@ def total_loss(L_n: Tensor, L_m: Tensor, L_a: Tensor, L_c: Tensor) -> Tensor:
 # ---------------------------------------------------------------- training and restoration
 
 class Step(NamedTuple):
-    """One step of the restoration: [B, C, H, W]; M_t in [0, 1], x_prev made with M_t > 0.5."""
+    """One step of the restoration, [B, C, H, W]: M_t in [0, 1]; x_prev computed with M_t > 0.5."""
     t: int
     x_t: Tensor
     M_t: Tensor
@@ -390,7 +390,7 @@ def even_path(first: int, calls: int) -> list[int]:
 
 
 class Method(nn.Module):
-    """What training and evaluation ask of a method: TransFusion, or another one of baselines/.
+    """The interface of a method, TransFusion or one of baselines/, for training and evaluation.
 
     A method defines `losses`, `path`, `restore` and `last_step` as TransFusion does. STAGES are the
     shares of the training at which its stages end; the learning rate runs through its schedule in
@@ -474,8 +474,8 @@ class TransFusion(Method):
     def path(self, infer_steps: int = 0) -> list[int]:
         """The steps that a restoration visits, from T (T - 2 in the authors' schedule) to 0.
 
-        infer_steps: the number of network calls; 0 for as many as the schedule has. Raises
-        ValueError for a number that the schedule lacks.
+        infer_steps: the number of network calls; 0 for all steps of the schedule. Raises ValueError
+        for more calls than the schedule has steps.
         """
         first = self.last_step - 1 if self.authors_schedule else self.last_step
         return even_path(first, infer_steps or first)
@@ -493,12 +493,12 @@ class TransFusion(Method):
             x_t, guide = x_prev, binary
 
     def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
-        """x_0 and the maps that Eq. 10 wants, for a batch of images x [B, 3, H, W] in [-1, 1]."""
+        """x_0 and the maps that Eq. 10 needs, for a batch of images x [B, 3, H, W] in [-1, 1]."""
         M_sum, calls = torch.zeros_like(x[:, :1]), 0
         for step in self.reverse_process(x, infer_steps):
             M_sum += step.M_t
             calls += 1
-        M_disc = M_sum / (calls + 1 if self.authors_schedule else calls)      # theirs: one too many
+        M_disc = M_sum / (calls + 1 if self.authors_schedule else calls)    # theirs: one too many
         return Restoration(step.x_prev, M_disc, reconstruction_error(x, step.x_prev), step.M_t)
 
 

@@ -1,8 +1,8 @@
 """The methods that train.py trains, with the same loop, data, anomalies, metrics and files.
 
-METHODS is the one place that names them. Each is built from the run's Settings and has the
-interface of `transfusion.Method`. A method other than TransFusion says in PRESETS how each preset
-differs from TransFusion's, and in USES which of the optional flags mean something to it.
+METHODS lists them. A method is built from the run's Settings and has the interface of
+`transfusion.Method`. The PRESETS of a method other than TransFusion are its differences from
+TransFusion's presets, and its USES are the optional flags that it accepts.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from transfusion import Method, TransFusion
 
 
 class Entry(NamedTuple):
-    """build: from Settings to the method. presets, uses: PRESETS and USES; None for TransFusion,
-    whose presets are those of settings.py and whose flags are all but the group "other methods".
+    """build: creates the method from Settings. presets, uses: its PRESETS and USES; None for
+    TransFusion, which has the presets of settings.py and all flags except "other methods".
     """
     build: Callable[..., Method]
     presets: dict[str, dict] | None = None
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 def transfusion(s) -> TransFusion:
-    """TransFusion with these settings. Raises ValueError for a T too small."""
+    """TransFusion with these settings. Raises ValueError if T is too small."""
     try:
         return TransFusion(s.channels, s.T, s.schedule, s.pe, guide=s.sim_mask,
                            authors_schedule=s.authors_schedule, anomaly_target=s.anomaly_target,
@@ -38,13 +38,13 @@ METHODS = {"transfusion": Entry(transfusion),
            **{name: Entry(cls, cls.PRESETS, cls.USES) for name, cls in (
                ("draem", Draem), ("anoddpm", AnoDDPM), ("diffad", DiffAD), ("d3ad", D3AD))}}
 
-# Flags outside the group "method" that another method accepts only where its USES names them.
+# Flags outside the group "method" that another method accepts only if its USES names them.
 OPTIONAL_FLAGS = {"attention_norm", "init", "recompute", "compile", "infer_steps", "lam",
                   "final_mask"}
 
 
 def accepts_flag(method: str, flag: str, group: str) -> bool:
-    """Whether a flag, of a group of settings.py, means something to a method."""
+    """Whether a method accepts a flag; group: the flag's group in settings.py."""
     uses = METHODS[method].uses
     if uses is None:
         return group != "other methods"

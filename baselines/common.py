@@ -1,8 +1,7 @@
-"""What the methods of this folder share: a diffusion, its U-Net, an autoencoder, and ResNet-34's
-features.
+"""Building blocks of the other methods: diffusion steps, U-Net, autoencoder, ResNet-34 features.
 
-Tensors are [B, C, H, W], images in [-1, 1]. As in transfusion.py t counts from T (noise) down to 0
-(the clean image), so abar_0 = 1; code that counts from 0 has our abar_t at t - 1.
+Tensors are [B, C, H, W], images in [-1, 1]. As in transfusion.py, t counts from T (noise) down to 0
+(the clean image), so abar_0 = 1. In code that counts from 0, our abar_t has the index t - 1.
 """
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from transfusion import Attention, Method, Resample, TimeEmbedding, ssim
 
 
 class Baseline(Method):
-    """A method of this folder. bf16: networks that are called through `run` are under autocast."""
+    """Base class of the other methods. bf16: `run` calls networks under bfloat16 autocast."""
     last_step = 1000
 
     def __init__(self, bf16: bool):
@@ -32,7 +31,7 @@ class Baseline(Method):
         return outputs.float() if isinstance(outputs, Tensor) else [o.float() for o in outputs]
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """[1, 0], as the method has one pass. Raises ValueError for another number of steps."""
+        """[1, 0], because the method has one pass. Raises ValueError for more inference steps."""
         if infer_steps > 1:
             raise ValueError(f"{infer_steps} inference steps asked for, the method has one pass")
         return [1, 0]
@@ -43,7 +42,7 @@ class Baseline(Method):
 def noise_schedule(low: float, high: float, kind: str = "linear", T: int = 1000) -> Tensor:
     """abar_0 = 1, ..., abar_T, float32 [T + 1]: abar_t is the product over s <= t of 1 - beta_s.
 
-    beta_1 = low .. beta_T = high, evenly spaced, or for the kind "sqrt" their roots are.
+    kind: "linear" spaces beta_1 = low, ..., beta_T = high evenly, "sqrt" their square roots.
     """
     power = {"linear": 1, "sqrt": 2}[kind]
     beta = torch.linspace(low ** (1 / power), high ** (1 / power), T, dtype=torch.float64) ** power
@@ -51,7 +50,7 @@ def noise_schedule(low: float, high: float, kind: str = "linear", T: int = 1000)
 
 
 def noised(x: Tensor, noise: Tensor, abar: Tensor | float) -> Tensor:
-    """sqrt(abar) x + sqrt(1 - abar) noise; abar a number or [B, 1, 1, 1]."""
+    """The noised x: sqrt(abar) x + sqrt(1 - abar) noise; abar: a number or [B, 1, 1, 1]."""
     abar = torch.as_tensor(abar)
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
@@ -62,8 +61,8 @@ def clean_estimate(x_t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 
 
 def ddim_step(x_t: Tensor, x_0: Tensor, abar: Tensor, abar_prev: Tensor) -> Tensor:
-    """DDIM (Song et al. 2021) with eta 0, on the clean estimate x_0: the noise that leads from it
-    to x_t is kept, at the level abar_prev."""
+    """A DDIM step (Song et al. 2021) with eta 0 from the clean estimate x_0: the noise between x_0
+    and x_t is added to x_0 again, at the level abar_prev."""
     eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
     return noised(x_0, eps, abar_prev)
 
@@ -76,9 +75,9 @@ def at(values: Tensor, t: Tensor) -> Tensor:
 # ---------------------------------------------------------------- networks
 
 class ResBlock(nn.Module):
-    """GroupNorm - SiLU - conv twice, with a shortcut; the time embedding added where there is one.
+    """GroupNorm - SiLU - conv twice, plus a shortcut; with a time embedding if c_time is not 0.
 
-    Groups of four channels or more: of one each, they would take t out again.
+    A group has four channels or more. With one channel per group, the norm would cancel t.
     """
 
     def __init__(self, c_in: int, c_out: int, c_time: int = 0):
@@ -99,11 +98,11 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t), the U-Net that AnoDDPM, DiffAD and D3AD all have a version of.
+    """eps_theta(x_t, t): the U-Net of AnoDDPM, DiffAD and D3AD, in a size for each.
 
-    channels: width at full resolution, times widths[level] further down; blocks: residual blocks a
-    level (one more on the way up); attention: the levels that have it, as the middle does. What
-    comes out is 0 at first.
+    A level has channels * widths[level] channels. blocks: residual blocks per level on the way down
+    (one more on the way up); attention: the levels with attention, which the middle always has. The
+    output is 0 at initialisation.
     """
 
     def __init__(self, c_in: int, c_out: int, channels: int, widths: tuple[int, ...], blocks: int,
@@ -137,26 +136,26 @@ class UNet(nn.Module):
         nn.init.zeros_(self.end[2].weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [B, c_in, H, W], sides a multiple of 2^(levels - 1), t [B]; [B, c_out, H, W]."""
+        """x [B, c_in, H, W] and t [B] to [B, c_out, H, W]; 2^(levels - 1) must divide H and W."""
         time = F.silu(self.time(t))
 
-        def through(layer: nn.Module, h: Tensor) -> Tensor:
+        def apply(layer: nn.Module, h: Tensor) -> Tensor:
             return layer(h, time) if isinstance(layer, Resample) else layer[1](layer[0](h, time))
 
         h = self.start(x)
         skips = [h]
         for layer in self.down:
-            h = through(layer, h)
+            h = apply(layer, h)
             skips.append(h)
-        h = self.middle[1](through(self.middle[0], h), time)
+        h = self.middle[1](apply(self.middle[0], h), time)
         for layer in self.up:
-            h = through(layer, h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], 1))
+            h = apply(layer, h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], 1))
         return self.end(h)
 
 
 class Encoder(nn.Module):
-    """An image to the maps of its levels, each at half the side of the one before, and last the
-    mean and log variance of the latent, [B, 8, h, w]."""
+    """Maps an image to the feature maps of all levels, each of half the side of the previous level,
+    followed by the mean and log variance of the latent, [B, 8, h, w]."""
 
     def __init__(self, channels: int, widths: tuple[int, ...]):
         super().__init__()
@@ -175,10 +174,10 @@ class Encoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """A small KL autoencoder: side / 2^(levels - 1), 4 latent channels.
+    """A small KL autoencoder; its latent has 4 channels and a side of side / 2^(levels - 1).
 
-    `mean` and `std` of the latent are followed while it trains (`loss`), and taken out of it by
-    `encode`, so that what the diffusion sees has mean 0 and variance 1 in each channel.
+    `loss` updates running averages of the latent's `mean` and `std`. `encode` normalises with them,
+    so the diffusion sees a latent of mean 0 and variance 1 in each channel.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...]):
@@ -196,7 +195,7 @@ class VAE(nn.Module):
         self.register_buffer("std", torch.ones(1, 4, 1, 1))
 
     def loss(self, method: Baseline, x: Tensor) -> Tensor:
-        """L1 + (1 - SSIM) + 1e-6 KL to N(0, I), of x and its reconstruction from a sample."""
+        """L1 + (1 - SSIM) of x and its reconstruction from a sample, plus 1e-6 KL to N(0, I)."""
         mean, log_var = method.run(self.encoder, x)[-1].chunk(2, 1)
         log_var = log_var.clamp(-30, 20)
         z = mean + (log_var / 2).exp() * torch.randn_like(mean)
@@ -208,19 +207,19 @@ class VAE(nn.Module):
         return F.l1_loss(x_r, x) + 1 - ssim(x_r, x) + 1e-6 * kl
 
     def encode(self, method: Baseline, x: Tensor) -> Tensor:
-        """The posterior's mean, [B, 4, h, w], normalised; `decode` takes that."""
+        """The normalised mean of the posterior, [B, 4, h, w], as `decode` expects it."""
         return (method.run(self.encoder, x)[-1][:, :4] - self.mean) / self.std
 
     def decode(self, method: Baseline, z: Tensor) -> Tensor:
-        """The image [B, 3, H, W], in about [-1, 1], of a normalised latent [B, 4, h, w]."""
+        """The image [B, 3, H, W], roughly in [-1, 1], of a normalised latent [B, 4, h, w]."""
         return method.run(self.decoder, z * self.std + self.mean)
 
 
 def resnet(weights: str, required: bool = False) -> nn.Module:
-    """torchvision's ResNet-34, which returns its layers 1, 2 and 3, with the weights of a file.
+    """torchvision's ResNet-34 with the weights of a file; returns the outputs of layers 1, 2 and 3.
 
-    Without that file the weights are random. Raises ValueError for a file of other content, and
-    where the file is missing although it is required.
+    If the file does not exist, the weights are random. Raises ValueError for a file with other
+    content, and for a missing file if it is required.
     """
     net = resnet34()
     try:

@@ -1,21 +1,22 @@
-"""D3AD (Tebbe and Tayyub, CVPR Workshops 2024): as many steps as an image looks to need.
+"""D3AD (Tebbe and Tayyub, CVPR Workshops 2024): the starting step T' adapts to the image.
 
-A latent diffusion of normal images. At test a latent is scaled as if noised to step T', with no
-noise added, and walked back in ten DDIM steps that are held near it; T' grows with the distance of
-the image's features from those of the training images. Latents and features before and after are
-compared. Equation numbers are those of the text submitted to ICLR.
+A latent diffusion of normal images. At test a latent is scaled as if it were noised to step T', but
+no noise is added. Ten DDIM steps denoise it, guided towards the input. T' grows with the distance
+of the image's features from those of the training images. The anomaly map compares latents and
+features before and after. Equation numbers are those of the text submitted to ICLR.
 
-The paper's: Eq. 6-10, Algorithms 1 and 2, Eq. 12 of the supplement (--omega; 0 is its best), T
-1000, beta .0015 to .0195, T_max 80, ten bins, at least the second, ten steps, K 20,
-lambda 0.85 (--lam), AdamW 1e-4; the code's rounding of T' to tens and its guidance.
-Stand-ins: no Stable Diffusion autoencoder: a small one of this category's images, undamaged and
-damaged, which keeps defects, as theirs does; no ResNet-34, unless --resnet34 names its weights:
-three levels of that encoder, a copy of it adapted by Eq. 10 (for neighbours the second, for the map
-the second and third); a smaller U-Net (281 M parameters theirs); the ranges that bring the two
-distances of Eq. 9 together are those of training images, theirs the whole test set's, so that one
-image can be scored alone; a training image is not its own neighbour; the mean filter in place of a
-Gaussian. At most 256 training images are kept for the neighbours; the latent's mean is taken,
-theirs is a sample. Cost: theirs 668 GMAC an image at 256 px.
+As published: Eq. 6-10, Algorithms 1 and 2, Eq. 12 of the supplement (--omega; 0 performs best), T
+1000, beta .0015 to .0195, T_max 80, ten bins (the second or higher is used), ten steps, K 20,
+lambda 0.85 (--lam), AdamW with 1e-4; from the code: T' rounded to tens, and the guidance.
+Different here: the autoencoder is not Stable Diffusion's but a small one, trained on this
+category's images. Some of them are damaged, so that it reproduces defects, as theirs does. Without
+ResNet-34's weights (--resnet34), the features are three levels of a copy of its encoder, adapted by
+Eq. 10: the second level for the neighbours, the second and third for the map. The U-Net is smaller
+(theirs: 281 M parameters). The two distances of Eq. 9 are scaled by their ranges on training images
+(theirs: on the whole test set), so that an image can be scored alone. A training image is not its
+own neighbour. The map's filter is a mean filter, not a Gaussian. At most 256 training images serve
+as neighbours. The latent is the posterior's mean (theirs: a sample).
+Cost: theirs needs 668 GMAC per image at 256 px.
 """
 import copy
 
@@ -36,21 +37,21 @@ BANK_SIZE = 256                         # training images in the bank, at most
 def guided(eps: Tensor, z_t: Tensor, z_0: Tensor, abar: Tensor, w: float) -> Tensor:
     """Eq. 8: eps^ = eps_theta - w sqrt(1 - abar) (z~_t - z_t), z~_t = z_0 noised with eps_theta.
 
-    The same as a clean estimate (1 - g) f_theta + g z_0 with g = w (1 - abar): for w over
-    1 / (1 - abar), 6 at step 80, it would overshoot the input.
+    The clean estimate becomes (1 - g) f_theta + g z_0 with g = w (1 - abar). It overshoots the
+    input z_0 if w exceeds 1 / (1 - abar), which is 6 at step 80.
     """
     return eps - w * (1 - abar).sqrt() * (noised(z_0, eps, abar) - z_t)
 
 
 def level(distance: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Algorithm 2's T' of distances [B]: bin b of BINS even ones over low..high, LEAST or more,
-    T' = b / BINS T_MAX, to the nearest ten; int64 [B]."""
+    """Algorithm 2: T' = b / BINS T_MAX, rounded to tens, int64 [B], for distances [B]. The bin b is
+    LEAST or higher, of BINS equal bins over low..high."""
     b = ((distance - low) / (high - low).clamp(min=1e-12) * BINS).ceil().clamp(LEAST, BINS)
     return (b / BINS * T_MAX / 10).round().long() * 10
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos of the channels of [B, C, h, w] at each place: [B, 1, h, w]."""
+    """1 - cosine similarity of the channel vectors of two [B, C, h, w] maps: [B, 1, h, w]."""
     return 1 - F.cosine_similarity(a, b, 1)[:, None]
 
 
@@ -74,7 +75,7 @@ class D3AD(Baseline):
         self.omega, self.guidance, self.resnet34 = s.omega, s.guidance, s.resnet34
         self.vae = VAE(s.channels // 2, (1, 2, 4, 4) if large else (1, 2, 2))
         self.phi = resnet(s.resnet34) if s.resnet34 else copy.deepcopy(self.vae.encoder)
-        width = 128 if s.resnet34 else s.channels                           # of its second level
+        width = 128 if s.resnet34 else s.channels                           # of phi's second level
         widths, attention = ((1, 2, 4), (0, 1, 2)) if large else ((1, 2), (0, 1))
         self.net = UNet(4, 4, s.channels, widths, 2 if large else 1, attention)
         self.register_buffer("abar", noise_schedule(0.0015, 0.0195), False)
@@ -86,8 +87,9 @@ class D3AD(Baseline):
 
     def losses(self, x: Tensor, eps: Tensor, M: Tensor, M_a: Tensor, t: Tensor,
                drop: str = "") -> dict[str, Tensor]:
-        """The stage's loss: the autoencoder's, of damaged images, too; or Eq. 6 on normal ones,
-        mean (eps - eps_theta(z_t, t))^2. The other is 0. Arguments as TransFusion.losses."""
+        """The loss of the stage: the autoencoder's, on damaged and normal images, or Eq. 6, mean
+        (eps - eps_theta(z_t, t))^2, on normal images. The other term is 0. Arguments as in
+        TransFusion.losses; t also sets the opacity of the anomaly."""
         terms = dict.fromkeys(("vae", "diffusion"), torch.zeros((), device=x.device))
         if self.stage == 0:
             x_a = damaged_image(x, eps, M, opacity(t, self.last_step))
@@ -103,15 +105,15 @@ class D3AD(Baseline):
     # ------------------------------------------------------------ Algorithm 1: the reconstruction
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """The steps from the smallest T' on, 20: ten calls, or infer_steps."""
+        """The steps from the smallest T', 20, to 0 in infer_steps network calls; 0 means ten."""
         return even_path(20, infer_steps or 10)
 
     @torch.no_grad()
     def reconstruct(self, z_0: Tensor, T: Tensor, calls: int = 10) -> Tensor:
         """Algorithm 1 for latents z_0 [B, 4, h, w], each from its own T' in T [B] down to 0.
 
-        The start is z_T' = sqrt(abar_T') z_0 + omega sqrt(1 - abar_T') eps (Eq. 12), each step
-        Eq. 8, then Eq. 7, DDIM with eta 0.
+        It starts at z_T' = sqrt(abar_T') z_0 + omega sqrt(1 - abar_T') eps (Eq. 12). Each step
+        applies Eq. 8, then Eq. 7, a DDIM step with eta 0.
         """
         z_t = noised(z_0, 0 * z_0, at(self.abar, T))
         z_t = z_t + self.omega * (1 - at(self.abar, T)).sqrt() * self.noise
@@ -132,7 +134,7 @@ class D3AD(Baseline):
         return self.run(self.phi, x)[:3]
 
     def distance(self, features: Tensor, itself: int = 0) -> Tensor:
-        """Mean L1 distance [B] to the K nearest in the bank; itself 1: but for the nearest."""
+        """Mean L1 distance [B] to the K nearest of the bank; itself = 1 skips the image itself."""
         count = int(self.count)
         itself = min(itself, count - 1)
         K = max(1, min(NEIGHBOURS, count // 4))
@@ -140,34 +142,35 @@ class D3AD(Baseline):
         return near[:, itself:].mean(1)
 
     def pooled(self, features: list[Tensor]) -> Tensor:
-        """Of the second level's [B, C, h, w] the means over POOL x POOL parts, [B, C POOL^2]."""
+        """The second level [B, C, h, w], average-pooled to POOL x POOL cells: [B, C POOL^2]."""
         return F.adaptive_avg_pool2d(features[1], POOL).flatten(1)
 
     # ------------------------------------------------------------ Eq. 9, 10: the maps
 
     def compare(self, x: Tensor, T: Tensor, calls: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The restoration x_0 and the two distances of Eq. 9, [B, 1, H, W] each: of latents, the
-        mean of |z_0 - z^_0| over channels; of features, the sum over levels of the cosine's."""
+        """The restoration x_0 and the two distances of Eq. 9, [B, 1, H, W] each. Latents: the mean
+        of |z_0 - z^_0| over channels; features: the cosine distance, summed over two levels."""
         z_0 = self.vae.encode(self, x)
         z = self.reconstruct(z_0, T, calls)
         x_0 = self.vae.decode(self, z)
-        parts = [(z_0 - z).abs().mean(1, keepdim=True)]
-        parts += [cosine_distance(a, b) for a, b in zip(self.features(x)[1:],
+        distances = [(z_0 - z).abs().mean(1, keepdim=True)]
+        distances += [cosine_distance(a, b) for a, b in zip(self.features(x)[1:],
                                                         self.features(x_0)[1:])]
-        L, *Fs = (F.interpolate(part, x.shape[2:], mode="bilinear") for part in parts)
+        L, *Fs = (F.interpolate(distance, x.shape[2:], mode="bilinear") for distance in distances)
         return x_0, L, sum(Fs)
 
     def adaptation_loss(self, x: Tensor, x_0: Tensor) -> Tensor:
-        """Eq. 10: L_DA = sum over levels of the mean over places of 1 - cos(phi(x), phi(x^_0))."""
+        """Eq. 10: L_DA = sum over levels of the mean over pixels of 1 - cos(phi(x), phi(x^_0))."""
         return sum(cosine_distance(a, b).mean()
                    for a, b in zip(self.features(x), self.features(x_0)))
 
     def after_training(self, images: Tensor) -> None:
-        """One epoch of Eq. 10 on phi as it was before; then, from training images [N, 3, H, W],
-        neighbours and all ranges. Raises ValueError where --resnet34's file is gone."""
+        """Adapt phi for one epoch by Eq. 10, from its unadapted weights; then compute the bank and
+        all ranges. images: training images [N, 3, H, W] in [-1, 1]. Raises ValueError if the file
+        of --resnet34 no longer exists."""
         rng = torch.Generator().manual_seed(0)
-        before = resnet(self.resnet34, required=True) if self.resnet34 else self.vae.encoder
-        self.phi.load_state_dict(before.state_dict())
+        unadapted = resnet(self.resnet34, required=True) if self.resnet34 else self.vae.encoder
+        self.phi.load_state_dict(unadapted.state_dict())
         optimizer = torch.optim.AdamW(self.phi.parameters(), 1e-4)
         for x in images.split(8):
             T = level(torch.randint(1, BINS + 1, (1,), generator=rng), torch.zeros(1),
@@ -191,9 +194,9 @@ class D3AD(Baseline):
 
     @torch.no_grad()
     def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
-        """x^_0, and Eq. 9's two parts in their ranges: the latents' as M_disc, so that --lam is its
-        lambda, the features' as M_recon. Before `after_training` T' is the largest one and the ranges
-        are 0..1."""
+        """x^_0 and the two distances of Eq. 9, scaled by their ranges: latents as M_disc (--lam is
+        the lambda of Eq. 9), features as M_recon. Before `after_training`, T' is T_MAX and the
+        ranges are 0..1."""
         T = torch.full((len(x),), T_MAX, device=x.device)
         ranges = self.ranges if self.count else torch.tensor([[0.0, 1.0]] * 2, device=x.device)
         if self.count:

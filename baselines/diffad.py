@@ -1,25 +1,28 @@
-"""DiffAD (Zhang et al., ICCV 2023): diffuse a clean latent, decode half-way, compare as DRAEM does.
+"""DiffAD (Zhang et al., ICCV 2023): generate a clean image by diffusion, compare as DRAEM does.
 
-Three stages, one after the other: an autoencoder of clean images; a diffusion of its latents that
-starts from noise and is steered by the latent of the (perhaps damaged) image, which is noised in
-training so that defects are not copied; DRAEM's segmenter, which sees the image, the generated one
-and one decoded between their latents, which tells it what generation alone changes.
+The stages are trained one after the other: an autoencoder of clean images; a diffusion of its
+latents that starts from noise; DRAEM's segmenter. The diffusion is conditioned on the latent of the
+image, damaged or not, which is noised in training so that defects are not copied. The segmenter
+sees the image, the generated image, and a third image that is decoded from the interpolation of
+their latents and shows it the changes due to generation alone.
 
-The paper's: Eq. 3-7, the three stages, T 1000, the schedule (roots of beta even from .0015 to .02),
-the condition's noise over all of it and none at test, lambda 0.5, DDIM with eta 0 from pure noise
-at step 801, five steps as in the supplement, the segmenter's focal loss alone; at --channels 256
-and 256 px the U-Net (one attention head here; strided and transposed convolutions).
-Stand-ins: the autoencoder learns by L1 + SSIM + KL, without LPIPS (pretrained) and discriminator,
-and is a smaller one, of an eighth of the side (below 128 px a quarter); the posterior's mean, taken
-to variance 1; one --lr, --batch and schedule for the three, shares of the steps in STAGES; DRAWS
-noises for each latent in a step of the diffusion; eps_theta is not the network's output but is made
-of it and z_t (`predict`), because near t = 1000 a clean estimate multiplies its error by up to 92;
-five DDIM steps in the segmenter's training, too (theirs 50; 10 lose half a point); one noise x_T
-for every image; the anomalies and the filter as in draem.py.
-Variants of the supplement, --variant: f_and_r generates without condition, from the image's own
-latent noised to t = 800; c has a clean condition; no_inter no third image (nor have the first two);
-x_a_inter has the image's own decoded latent in its place.
-Cost: theirs 1 195 GMAC an image at 256 px (more than half of it two decodings).
+As published: Eq. 3-7, the stages, T 1000, the schedule (square roots of beta evenly spaced, beta
+from .0015 to .02), a condition noised to any t in training and clean at test, lambda 0.5, DDIM with
+eta 0 from pure noise at step 801, five steps (supplement), only the focal loss for the segmenter;
+at --channels 256 and 256 px the U-Net (here one attention head, strided and transposed
+convolutions).
+Different here: the autoencoder learns by L1 + SSIM + KL, without LPIPS (which is pretrained) and
+discriminator. It is smaller, with latents of 1/8 of the side (1/4 below 128 px). The latent is the
+posterior's mean, normalised to variance 1. All stages share --lr, --batch and the schedule; STAGES
+says when each one ends. A step of the diffusion uses DRAWS noises for each latent. eps_theta
+is computed from the network's output and z_t (`predict`), because near t = 1000 a clean estimate
+would multiply its error by up to 92. The segmenter is also trained with five DDIM steps (theirs:
+50; 10 were half a point worse). All test images start from one noise x_T. The anomalies and the
+filter are those of draem.py.
+Variants of the supplement (--variant): f_and_r generates without a condition, from the image's own
+latent noised to t = 800; c has a clean condition in training, too; no_inter has no third image, and
+neither have f_and_r and c; in x_a_inter the third image is the decoded latent of the image itself.
+Cost: theirs needs 1 195 GMAC per image at 256 px, more than half of it for two decodings.
 """
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ from baselines.common import (VAE, Baseline, UNet, at, clean_estimate, ddim_step
 from baselines.draem import Segmenter, damaged_image, focal_loss, opacity
 from transfusion import Restoration, even_path, reconstruction_error
 
-FROM = 800                              # the step that f_and_r starts at
+FROM = 800                              # the step at which f_and_r starts
 CALLS, DRAWS = 5, 4
 
 
@@ -66,8 +69,8 @@ class DiffAD(Baseline):
     def predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """eps_theta(z_t, t, c), or eps_theta(z_t, t) in f_and_r; all [B, 4, h, w], t [B].
 
-        = sqrt(abar_t) v + sqrt(1 - abar_t) z_t with the network's v, of which the clean estimate is
-        sqrt(abar_t) z_t - sqrt(1 - abar_t) v (Salimans and Ho 2022), at every t as exact as v.
+        eps_theta = sqrt(abar_t) v + sqrt(1 - abar_t) z_t with the network's output v (Salimans and
+        Ho 2022). Its clean estimate, sqrt(abar_t) z_t - sqrt(1 - abar_t) v, is as exact as v.
         """
         v = self.run(self.net, torch.cat([z_t, c], 1) if self.steered else z_t, t)
         abar = at(self.abar, t)
@@ -86,7 +89,7 @@ class DiffAD(Baseline):
 
     @torch.no_grad()
     def generate(self, c: Tensor, x_T: Tensor, path: list[int]) -> Tensor:
-        """z_r: DDIM along the steps of `path`, from x_T, steered by the clean c (t_c = 0)."""
+        """z_r: DDIM from x_T along the steps of `path`, conditioned on the clean c (t_c = 0)."""
         z_t = x_T.expand_as(c) if self.steered else noised(c, x_T, self.abar[path[0]])
         for t, t_prev in zip(path, path[1:]):
             eps = self.predict(z_t, torch.full((len(c),), t, device=c.device), c)
@@ -98,7 +101,7 @@ class DiffAD(Baseline):
 
     @torch.no_grad()
     def images(self, x_a: Tensor, x_T: Tensor, path: list[int], lam: float = 0.5) -> list[Tensor]:
-        """x_r, x_inter (where the variant has it) and x_a, each [B, 3, H, W].
+        """x_r, x_inter (if the variant has it) and x_a, each [B, 3, H, W].
 
         Eq. 7: z_inter = lambda c + (1 - lambda) z_r, x_inter = D(z_inter); lambda 1 in x_a_inter.
         """
@@ -109,8 +112,8 @@ class DiffAD(Baseline):
         return [self.vae.decode(self, z_r), *third, x_a]
 
     def path(self, infer_steps: int = 0) -> list[int]:
-        """The DDIM steps, as theirs: of 5 calls 801, 601, 401, 201, 1 and 0; in f_and_r evenly from
-        FROM. infer_steps 0: CALLS. Raises ValueError where there are fewer steps than calls."""
+        """The DDIM steps, as in the authors' code: 801, 601, 401, 201, 1, 0 for 5 calls; in f_and_r
+        even steps from FROM. infer_steps 0 means CALLS. Raises ValueError for too many calls."""
         calls = infer_steps or CALLS
         if not self.steered:
             return even_path(FROM, calls)
@@ -123,7 +126,7 @@ class DiffAD(Baseline):
                drop: str = "") -> dict[str, Tensor]:
         """The loss of the stage: the autoencoder's, Eq. 6, or the segmenter's; the others are 0.
 
-        Arguments as TransFusion.losses; t says how opaque the anomaly is. M_a is not used.
+        Arguments as in TransFusion.losses; t sets the opacity of the anomaly. M_a is not used.
         """
         terms = dict.fromkeys(("vae", "diffusion", "segment"), torch.zeros((), device=x.device))
         x_a = damaged_image(x, eps, M, opacity(t, self.last_step))

@@ -1,17 +1,17 @@
 """DRAEM (Zavrtanik, Kristan, Skočaj, ICCV 2021): reconstruct the damaged image, then compare.
 
-One network turns an image with a synthetic anomaly back into the clean one; a second sees the
-image and that reconstruction and segments where they disagree. Both are trained together, and the
-second's loss shapes the first, too.
+One network reconstructs the clean image from an image with a synthetic anomaly. A second network
+sees the image and its reconstruction and segments the anomaly. Both are trained together; the
+segmentation loss also trains the first network.
 
-The paper's: Eq. 1-5, both networks (at --channels 128, 97.4 M parameters), their initial weights,
-the losses' equal weights, half of the images undamaged, Adam at 1e-4 (here AdamW without decay),
-x0.2 late in the training (here the loop's x0.1 after 560 of 700 epochs).
-Stand-ins: the anomalies are this folder's, so TransFusion's own (structural ones, too, inside the
-foreground, textures as train.py finds them); the SSIM's range is fixed, and it leaves out the
-border; the mean filter of Eq. 5 smooths the map before the pixels are scored, too, not for the
-image's score alone. Cost: 198 GMAC an image at 256 px, one pass; with 32 channels at 80 px about
-1.2, a training step three times that for an image.
+As published: Eq. 1-5, both networks (97.4 M parameters at --channels 128), their initial weights,
+equal weights of the losses, half of the images undamaged, Adam with 1e-4 (here AdamW without
+decay), a learning rate drop late in the training (theirs x0.2; here x0.1 after 560 of 700 epochs).
+Different here: the synthetic anomalies are TransFusion's, so there are structural ones, too, they
+lie inside the foreground, and train.py finds the textures. The SSIM has a fixed range and leaves
+out the border. The mean filter of Eq. 5 also smooths the map whose pixels are scored.
+Cost: 198 GMAC per image at 256 px, in one pass; about 1.2 GMAC with 32 channels at 80 px. A
+training step costs three times as much per image.
 """
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,13 @@ from transfusion import Restoration, compose, reconstruction_error, ssim
 # ---------------------------------------------------------------- the networks
 
 def convs(*widths: int) -> nn.Sequential:
-    """conv - BatchNorm - ReLU from each width to the next."""
+    """conv - BatchNorm - ReLU between consecutive widths."""
     return nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
         nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))))
 
 
 def initialise(net: nn.Module) -> None:
-    """Weights of convolutions N(0, 0.02), of BatchNorm N(1, 0.02), as DRAEM's."""
+    """Draw the weights as DRAEM does: convolutions from N(0, 0.02), BatchNorm from N(1, 0.02)."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, 0.02)
@@ -39,12 +39,12 @@ def initialise(net: nn.Module) -> None:
 
 
 def enlarge(x: Tensor, side: tuple[int, int]) -> Tensor:
-    """x [B, C, h, w] brought to side = (H, W), corners on corners."""
+    """Resize x [B, C, h, w] bilinearly to side = (H, W), with aligned corners."""
     return F.interpolate(x, side, mode="bilinear", align_corners=True)
 
 
 class Reconstructor(nn.Module):
-    """An autoencoder without skips: [B, 3, H, W] to the same, four times halved and enlarged."""
+    """An autoencoder without skip connections and with four downsamplings; keeps [B, 3, H, W]."""
 
     def __init__(self, w: int):
         super().__init__()
@@ -68,7 +68,7 @@ class Reconstructor(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """DRAEM's discriminative U-Net: [B, c_in, H, W] to two logits, [B, 2, H, W]; 1 is anomalous."""
+    """DRAEM's discriminative U-Net: [B, c_in, H, W] to logits [B, 2, H, W]; class 1: anomalous."""
 
     def __init__(self, c_in: int, w: int):
         super().__init__()
@@ -101,21 +101,21 @@ def damaged_image(x: Tensor, A: Tensor, M: Tensor, beta: Tensor) -> Tensor:
 
 
 def opacity(t: Tensor, last_step: int) -> Tensor:
-    """beta of Eq. 4, uniform over [0.1, 1] as t is over 1..last_step; [B, 1, 1, 1]."""
+    """beta of Eq. 4, [B, 1, 1, 1]: maps t [B] in 1..last_step linearly to [0.1, 1]."""
     return (0.1 + 0.9 * (t - 1) / (last_step - 1))[:, None, None, None]
 
 
 def reconstruction_loss(x: Tensor, x_r: Tensor) -> Tensor:
-    """Eq. 1, 2: L_rec = L_SSIM + l2, both of images in [0, 1]: lambda is the code's 1.
+    """Eq. 1, 2: L_rec = L_SSIM + l2, both of images in [0, 1]; lambda is 1, as in their code.
 
-    ssim's range is 2, so it is given twice the images. L_SSIM is its mean over pixels of 1 - SSIM.
+    `ssim` has a dynamic range of 2, so it gets images in [0, 2]. L_SSIM is the mean of 1 - SSIM.
     """
     return 1 - ssim(x + 1, x_r + 1) + F.mse_loss(x_r / 2, x / 2)
 
 
 def focal_loss(logits: Tensor, M: Tensor) -> Tensor:
-    """Mean over pixels of -(1 - p)^2 log p, p the softmax's share of the true class; gamma 2, no
-    class weights. logits [B, 2, H, W], M [B, 1, H, W] in {0, 1}."""
+    """Mean over pixels of -(1 - p)^2 log p, p the softmax probability of the true class; gamma 2,
+    no class weights. logits: [B, 2, H, W]; M: [B, 1, H, W] in {0, 1}."""
     log_p = logits.log_softmax(1)
     log_p = torch.where(M > 0.5, log_p[:, 1:], log_p[:, :1])
     return -((1 - log_p.exp()) ** 2 * log_p).mean()
@@ -139,7 +139,7 @@ class Draem(Baseline):
                drop: str = "") -> dict[str, Tensor]:
         """Eq. 3: L = L_rec + L_seg, L_seg the focal loss; the segmenter's input is not detached.
 
-        Arguments as TransFusion.losses; t says how opaque the anomaly is. M_a is not used.
+        Arguments as in TransFusion.losses; t sets the opacity of the anomaly. M_a is not used.
         """
         x_a = damaged_image(x, eps, M, opacity(t, self.last_step))
         x_r = self.run(self.reconstruct, x_a)
@@ -151,7 +151,7 @@ class Draem(Baseline):
     def restore(self, x: Tensor, infer_steps: int = 0) -> Restoration:
         """The reconstruction, the segmenter's map as M_disc, and the squared error as M_recon.
 
-        Eq. 5, the score, is TransFusion's Eq. 10 and 11 with lam 1 and --kernel 21 (at 256 px).
+        Eq. 5, the score, is TransFusion's Eq. 10 and 11 with --lam 1 and --kernel 21 (at 256 px).
         """
         x_r = self.run(self.reconstruct, x)
         M_o = self.run(self.segment, torch.cat([x_r, x], 1)).softmax(1)[:, 1:]

@@ -1,5 +1,5 @@
-"""Plumbing: what a command line tool needs and a paper does not mention.
+"""Plumbing of the commands that has nothing to do with the paper.
 
-Nothing in this folder knows models, settings or runs. Plain values go in, and no module of the top
-level is imported from here. console.py, files.py, layouts.py and images.py import no torch.
+These modules know nothing of models, settings or runs. They take plain values and import no
+top-level module. console.py, files.py, layouts.py and images.py do not import torch.
 """

@@ -1,6 +1,6 @@
-"""How a command speaks and how it ends: the user's errors, standard streams, progress bars, Ctrl-C.
+"""Output and exit of commands: errors of the user, standard streams, progress bars, Ctrl-C.
 
-Imports no torch, so that a command that needs none starts at once.
+torch is not imported, so that a command that does not need it starts quickly.
 """
 import contextlib
 import functools
@@ -16,18 +16,18 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one line that says what, where, and what to do."""
+    """A mistake in the user's input. The message is one line: what is wrong, where, what to do."""
 
 
 # ---------------------------------------------------------------- standard streams
 
 class TolerantStream:
-    """A text stream that writes what it can, so that a broken stream ends no training.
+    """A text stream that ignores write errors, so that a broken stream does not end a training.
 
     Writing to a full disk, a closed terminal or a closed pipe does nothing. Characters that the
-    encoding lacks are written as escape sequences. Where the stream is no terminal, the carriage
-    returns of a progress bar become line feeds. A missing stream (None, as under pythonw) takes
-    everything and shows nothing.
+    encoding lacks are written as escape sequences. If the stream is not a terminal, the carriage
+    returns of a progress bar become line feeds. A missing stream (None, as under pythonw) is
+    replaced by the null device.
     """
 
     def __init__(self, stream):
@@ -44,7 +44,7 @@ class TolerantStream:
         except UnicodeEncodeError:
             encoding = self.stream.encoding
             return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):                                # full, or closed
+        except (OSError, ValueError):                                # disk full, or closed
             return len(text)
 
     def flush(self) -> None:
@@ -52,7 +52,7 @@ class TolerantStream:
             self.stream.flush()
 
     def final_flush(self) -> None:
-        """Flush for the last time. Where that fails, the stream's file becomes the null device,
+        """Flush for the last time. If that fails, redirect the stream's file to the null device,
         because Python's own flush at exit would fail as well."""
         try:
             self.stream.flush()
@@ -63,7 +63,7 @@ class TolerantStream:
 
 @contextlib.contextmanager
 def tolerant_streams():
-    """Standard output and standard error as `TolerantStream`s, put back at the end."""
+    """Replace standard output and error by `TolerantStream`s; restore them at the end."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (TolerantStream(stream) for stream in streams)
     try:
@@ -76,7 +76,7 @@ def tolerant_streams():
 
 
 def printable(name: str) -> str:
-    """A file's name for people: bytes that are no UTF-8 are written as escape sequences."""
+    """A file name as printable text: bytes that are not UTF-8 become escape sequences."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -89,9 +89,9 @@ OUT_OF_MEMORY = ("error: the GPU's memory is full ({}); --recompute and a smalle
 def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a command so that it returns its exit status.
 
-    The status is the command's own, 0 where it returns nothing, 2 for a user's mistake or a full
-    GPU, which is said in one line, and 130 for Ctrl-C. Of each kind of warning the first three are
-    shown, and the number of the others at the end.
+    The status is the command's return value (0 if it returns nothing), 2 for a user's mistake or a
+    full GPU memory, which are reported in one line, or 130 for Ctrl-C. The first three warnings of
+    each kind are shown; the number of the others follows at the end.
     """
     @functools.wraps(command)
     def run_command(*args) -> int:
@@ -112,7 +112,7 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             except RuntimeError as error:
-                if type(error).__name__ != "OutOfMemoryError":           # torch's
+                if type(error).__name__ != "OutOfMemoryError":           # torch's class
                     raise
                 print(OUT_OF_MEMORY.format(str(error).split(". ")[0]), file=sys.stderr)
                 return 2
@@ -129,9 +129,9 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
 class StopRequest:
     """Turns the first Ctrl-C into a flag, `asked`, so that a loop can stop between two steps.
 
-    SIGTERM, SIGUSR1 (a scheduler's warning) and the terminal's end count as Ctrl-C. The second one
-    raises KeyboardInterrupt. In a thread other than the main one no signal arrives, so the flag
-    stays down.
+    SIGTERM, SIGUSR1 (a scheduler's warning) and SIGHUP (the terminal was closed) count as Ctrl-C.
+    The second signal raises KeyboardInterrupt. Only the main thread can handle signals; in another
+    thread the flag stays false.
     """
 
     SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -158,15 +158,15 @@ class StopRequest:
 # ---------------------------------------------------------------- progress
 
 def progress_bar(*args, leave: bool = True, **kwargs) -> tqdm:
-    """A progress bar. Where standard error is no terminal, the lasting ones (leave=True) write a
-    line a minute and the others nothing."""
+    """A progress bar. If standard error is not a terminal, a bar with leave=True writes a line per
+    minute, and one with leave=False writes nothing."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(*args, leave=leave, disable=not (terminal or leave),
                 mininterval=0.5 if terminal else 60, **kwargs)
 
 
 def duration(seconds: float) -> str:
-    """A number of seconds in words: "5.6 minutes"."""
+    """A duration in words, such as "5.6 minutes"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The processor that computes: its choice, its name, and whether it is fast in bfloat16."""
+"""The compute device: how it is chosen, its name, and whether it is fast in bfloat16."""
 import platform
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from support.console import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is a GPU where there is one.
+    """The device that --device names; "auto" is a GPU if there is one, otherwise the CPU.
 
-    Raises InputError for a device that is not there.
+    Raises InputError for a device that does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def hardware(device: str) -> str:
-    """The processor's name, and on a CPU the number of threads that compute."""
+    """The name of the GPU, or the name of the CPU and the number of torch's threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one process holds at a time."""
+"""Files that are written completely or not at all, and folders locked by one process at a time."""
 import contextlib
 import csv
 import errno
@@ -19,15 +19,15 @@ NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}          # file systems t
 
 
 def save_atomically(path: Path, write) -> None:
-    """Call write(file) on a neighbour of `path`, then rename it: `path` is whole, old or new.
+    """Call write(file) on a temporary file beside `path`, then rename it to `path`.
 
-    A link is followed, so the file behind it changes. Raises InputError when the disk does not take
-    the file; the neighbour is removed then.
+    So `path` always holds a complete file, the old or the new one. A symbolic link is followed.
+    Raises InputError if the file cannot be written; the temporary file is removed then.
     """
     path = Path(os.path.realpath(path))
-    part = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             try:
@@ -35,10 +35,10 @@ def save_atomically(path: Path, write) -> None:
             except OSError as error:
                 if error.errno not in NO_FSYNC:
                     raise
-        os.replace(part, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        if type(error).__name__ == "OutOfMemoryError":               # torch's, of a model that drew
+        temporary.unlink(missing_ok=True)
+        if type(error).__name__ == "OutOfMemoryError":           # torch's, if `write` runs a model
             raise
         cause = (isinstance(error, RuntimeError) and error.__context__) or error    # torch wraps it
         raise InputError(f"{path}: cannot be written ({cause}); make room and run it again, a "
@@ -46,24 +46,24 @@ def save_atomically(path: Path, write) -> None:
 
 
 def save_json(path: Path, content: dict) -> None:
-    """Write a dict as JSON. NaN becomes null, which JSON has. Raises InputError."""
+    """Write a dict as JSON, NaN as null. Raises InputError (see `save_atomically`)."""
     text = json.dumps({k: None if isinstance(v, float) and math.isnan(v) else v
                        for k, v in content.items()}, indent=2)
     save_atomically(path, lambda file: file.write(text.encode() + b"\n"))
 
 
 def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
-    """Write rows as CSV, under `columns` or the first row's keys. Raises InputError."""
+    """Write rows as CSV with `columns`, or with the keys of the first row. Raises InputError."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns or rows[0].keys(), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    content = text.getvalue().encode(errors="backslashreplace")      # a name that is no UTF-8
+    content = text.getvalue().encode(errors="backslashreplace")      # file names may not be UTF-8
     save_atomically(path, lambda file: file.write(content))
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file. Raises InputError where it is gone or no JSON."""
+    """The content of a JSON file. Raises InputError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises InputError where that cannot be."""
+    """Create a folder and its parent folders. Raises InputError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,10 +80,10 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock on a file; it ends with the process, however that ends.
+    """Hold a lock on a file; it is released at the latest when the process ends, even by a crash.
 
-    Raises InputError(refusal) where another process holds it. A file system without locks holds
-    nothing.
+    Raises InputError(refusal) if another process holds it. On a file system without locks, nothing
+    is locked.
     """
     lock = FileLock(path)
     try:
@@ -100,7 +100,7 @@ def file_lock(path: Path, refusal: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it. Raises InputError where another process has it."""
+    """Create the folder and lock it. Raises InputError if another process has locked it."""
     make_folder(folder)
     with file_lock(folder / ".lock", f"{folder} is in use by another process; wait for it, or "
                                      f"choose another name"):
@@ -108,17 +108,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def float_array(shape: tuple[int, ...], memory_gb: float) -> np.ndarray:
-    """An empty float32 array, in memory or, above `memory_gb`, in an unnamed file.
+    """An empty float32 array, in memory or, if larger than `memory_gb`, in a temporary file.
 
-    Raises InputError where the disk has no room for that file.
+    Raises InputError if the disk has no room for that file.
     """
     size = 4 * math.prod(shape)
     if size <= memory_gb * 1e9:
         return np.empty(shape, np.float32)
     file = tempfile.TemporaryFile()
     try:
-        if hasattr(os, "posix_fallocate"):             # a mapped file that finds no room later
-            os.posix_fallocate(file.fileno(), 0, size)            # would end the process
+        if hasattr(os, "posix_fallocate"):             # reserve the space now: a full disk
+            os.posix_fallocate(file.fileno(), 0, size)            # would kill the process later
     except OSError as error:
         raise InputError(f"no room for {size / 1e9:.1f} GB of maps in {tempfile.gettempdir()} "
                          f"({error}); set TMPDIR to another folder, or raise --memory-gb")

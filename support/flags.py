@@ -6,12 +6,12 @@ from support.console import InputError
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field: eval_batch is --eval-batch."""
+    """The flag of a field, such as --eval-batch for eval_batch."""
     return "--" + name.replace("_", "-")
 
 
 def add_flags(parser, fields: list[dataclasses.Field]) -> None:
-    """Add a flag for each of these fields to a parser or to one of its groups."""
+    """Add a flag for each of the fields to a parser or to one of its argument groups."""
     for f in fields:
         meta = f.metadata
         text = f"{meta['help']} (default {f.default})" if f.default != "" else meta["help"]
@@ -24,7 +24,7 @@ def add_flags(parser, fields: list[dataclasses.Field]) -> None:
 
 
 class Moved(argparse.Action):
-    """A flag of an earlier version. Raises InputError with the command that replaces it."""
+    """A flag of an earlier version. Raises InputError, which names the command that replaces it."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         raise InputError(f"{option_string} is now a command of its own: {self.const}")

@@ -1,7 +1,7 @@
-"""Data sets on disk: where they lie, which categories they have, and which files belong to them.
+"""Data sets on disk: their folders, their categories, and the files of a category.
 
-MVTec AD, VisA (as published and converted), BTAD, and any folder in MVTec AD's layout. Files are
-listed here and not opened.
+Supported are MVTec AD, VisA (as published and converted), BTAD, and any folder in MVTec AD's
+layout. Image files are listed but not opened.
 """
 import csv
 import difflib
@@ -16,10 +16,10 @@ import numpy as np
 from support.console import InputError
 from support.images import SUFFIXES
 
-GOOD = {"good", "ok", "normal"}                 # folder names, in any case
-# What the file name of a label has beside its image's name.
+GOOD = {"good", "ok", "normal"}                 # names of folders of normal images, in any case
+# The suffix or prefix that tells the file name of a label from that of its image.
 LABEL = re.compile(r"[_-](gt|masks?|labels?|seg)$|^(gt|masks?|labels?|seg)[_-]", re.IGNORECASE)
-LEFTOVERS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN"}          # of systems, not hidden
+LEFTOVERS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN"}       # system folders
 TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}     # see is_texture
 
 CATEGORIES = {
@@ -30,7 +30,7 @@ CATEGORIES = {
     "btad": ["01", "02", "03"],
     "demo": ["fabric", "gear", "blister"],
 }
-FOLDERS = {                                     # under the root, in the order they are tried
+FOLDERS = {                                     # under the data root, in the order of the search
     "mvtec": ("mvtec", "mvtec_anomaly_detection", "."),
     "visa": ("visa", "VisA_20220922", "VisA", "VisA_pytorch/1cls", "visa/VisA_pytorch/1cls",
              "visa_pytorch", "visa/visa_pytorch", "."),
@@ -44,7 +44,7 @@ PAGES = {"mvtec": "https://www.mvtec.com/company/research/datasets/mvtec-ad",
 
 @dataclass(frozen=True)
 class Item:
-    """A test image: label 1 is defective; mask is None where it is normal or not annotated."""
+    """A test image. label: 1 is defective; mask: None for a normal or unannotated image."""
     path: Path
     label: int
     defect: str
@@ -53,8 +53,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Category:
-    """One category on disk. annotated: whether the defects have ground-truth masks at all; faults:
-    what is wrong with the listing, notes: what was passed over in it, a line each."""
+    """One category on disk. annotated: whether the data has ground-truth masks; faults: errors in
+    its files; notes: files that are ignored. Faults and notes are lines of text for the user."""
     data: str
     name: str
     root: Path
@@ -75,8 +75,8 @@ def is_category(path: Path) -> bool:
 
 
 def data_folders(data: str, root: Path) -> list[Path]:
-    """Folders that may hold the categories of `data`: a data set's name or a folder's path, which
-    `./demo` is, too."""
+    """Folders that may hold the categories of `data`, which is the name of a data set or the path
+    of a folder; `./demo` is a path."""
     if data in FOLDERS:
         return [root / folder for folder in FOLDERS[data] if (root / folder).is_dir()]
     return [path for path in (Path(data), root / data) if path.is_dir()]
@@ -85,7 +85,7 @@ def data_folders(data: str, root: Path) -> list[Path]:
 def list_categories(data: str, root: Path) -> list[str]:
     """Names of the categories of `data` that lie under `root`, in the data set's own order.
 
-    Raises InputError when there are none, and says how to get them.
+    Raises InputError if there are none; its message says how to get them.
     """
     for folder in data_folders(data, root):
         names = [p.name for p in visible(folder) if p.is_dir() and is_category(p)]
@@ -107,10 +107,10 @@ def list_categories(data: str, root: Path) -> list[str]:
 
 
 def find_category(data: str, name: str, root: Path) -> Category:
-    """Find and list the category `name`, in any of the layouts docs/reproduce.md names.
+    """Find and list the category `name`, in any of the layouts of docs/reproduce.md.
 
-    Raises InputError for a name that is not there (with the nearest that is), an empty train
-    folder, and masks and images that do not pair.
+    Raises InputError for an unknown name (and suggests a similar one), an empty train folder, and
+    masks that do not match the images.
     """
     names = list_categories(data, root)
     if name not in names:
@@ -133,18 +133,18 @@ def is_good(name: str) -> bool:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, without the files and folders that systems and tools leave there."""
+    """The content of a folder, sorted, without hidden and system files; [] if it is missing."""
     return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name not in LEFTOVERS) \
         if folder.is_dir() else []
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder itself."""
+    """The image files in a folder, without its subfolders."""
     return [p for p in visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
 
 def find_files(folder: Path, within: tuple[Path, ...] = ()) -> list[Path]:
-    """The files of a folder and of those in it; a link that leads back up is not followed."""
+    """All files below a folder; a link back to a parent folder is not followed."""
     home = folder.resolve()
     if home in within:
         return []
@@ -153,22 +153,22 @@ def find_files(folder: Path, within: tuple[Path, ...] = ()) -> list[Path]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder and of those in it."""
+    """All image files below a folder."""
     return [path for path in find_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def unread_files(folder: Path, read: list[Path]) -> str:
-    """Which files below a folder are not among those read: their number by suffix, or nothing."""
+    """A note on the files below a folder that are not in `read`, counted by suffix; may be ""."""
     read_files = set(read)
-    left = Counter(p.suffix.lower() or "no suffix" for p in find_files(folder)
+    unread = Counter(p.suffix.lower() or "no suffix" for p in find_files(folder)
                    if p not in read_files and p.name.lower() not in ("thumbs.db", "desktop.ini"))
-    names = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
+    names = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
     return f"{folder}: not read: {names}" if names else ""
 
 
 def read_category(data: str, name: str, path: Path, annotated: bool = False) -> Category:
-    """What is there of a category, and what is wrong with it. annotated: masks are missing even
-    where there is no ground_truth at all. Raises InputError for a VisA without its table."""
+    """List the files of a category and their faults. annotated: report missing masks even if there
+    is no folder ground_truth. Raises InputError for VisA without its split table."""
     visa = (path / "Data" / "Images").is_dir()
     category = read_visa(data, name, path) if visa else read_mvtec(data, name, path, annotated)
     if not category.train:
@@ -177,8 +177,8 @@ def read_category(data: str, name: str, path: Path, annotated: bool = False) -> 
 
 
 def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Category:
-    """A category in MVTec AD's layout: folders called good, in any spelling of GOOD, and their
-    subfolders; masks of ID.* are ID_mask.* or ID.*, in the same subfolder."""
+    """A category in MVTec AD's layout. Normal images are in a folder named in GOOD or below it. The
+    mask of the image ID.* is ID_mask.* or ID.*, in the same subfolder of ground_truth."""
     train_folder, truth = path / "train", path / "ground_truth"
     train = [p for folder in visible(train_folder) if folder.is_dir() and is_good(folder.name)
              for p in find_images(folder)]
@@ -232,7 +232,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
 
 
 def labels_among_images(images: list[Path]) -> list[str]:
-    """A fault for labels that lie among the images they belong to, as 000_GT.png beside 000.png."""
+    """A fault if label files lie among the images, such as 000_GT.png beside 000.png."""
     stems = set(p.with_suffix("") for p in images)
     labels = [p for p in images if LABEL.search(p.stem)
               and p.parent / LABEL.sub("", p.stem) in stems]
@@ -242,7 +242,7 @@ def labels_among_images(images: list[Path]) -> list[str]:
 
 
 def read_visa(data: str, name: str, path: Path) -> Category:
-    """A category of VisA as published: split_csv/1cls.csv says what is train and what is test."""
+    """A category of VisA as published, with the train / test split of split_csv/1cls.csv."""
     table = path.parent / "split_csv" / "1cls.csv"
     if not table.is_file():
         raise InputError(f"{table} is missing: VisA's official split is part of its archive")
@@ -268,11 +268,11 @@ def read_visa(data: str, name: str, path: Path) -> Category:
 
 
 def is_texture(data: str, name: str) -> bool:
-    """Whether it is one of MVTec AD's six categories without a foreground in the authors' code: the
-    five textures, and zipper."""
+    """Whether a category is one of MVTec AD's five textures or zipper, for which the authors' code
+    uses no foreground masks."""
     return data == "mvtec" and name in TEXTURES
 
 
 def root_folder(folder: str = "") -> Path:
-    """Where data lies: this folder, or the environment's TRANSFUSION_DATA, or ./data."""
+    """The data root: `folder`, or the environment variable TRANSFUSION_DATA, or ./data."""
     return Path(folder or os.environ.get("TRANSFUSION_DATA", "data")).expanduser()

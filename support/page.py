@@ -1,4 +1,4 @@
-"""The page of predict.py: every photo with its heat map, in plain HTML."""
+"""The HTML page that predict.py writes: every photo with its heat map."""
 import html
 import os
 from pathlib import Path
@@ -15,10 +15,10 @@ hr{border:0;border-top:3px solid #c00;margin:2em 0 .3em}figcaption{overflow-wrap
 
 
 def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int) -> str:
-    """A page of all photos, the highest score first: photo, heat map with the regions' boxes, name.
+    """An HTML page of all photos, the highest score first: photo, heat map with boxes, name, score.
 
-    shown: file, name, score, (width, height) and regions of each. The pictures are those on disk,
-    loaded as one scrolls to them.
+    shown: (file, name, score, (width, height), regions) of each photo; unread: number of unreadable
+    files. The page refers to the pictures on disk, and the browser loads them on scrolling.
     """
     def link(path) -> str:
         return html.escape(quote(os.fsencode(str(path).replace(os.sep, "/"))))
@@ -29,11 +29,11 @@ def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int
         ", no threshold, so no verdicts") + (f", {unread} could not be read" if unread else "")
     parts = [f"<!doctype html><html><head><meta charset='utf-8'><title>{counts}</title><style>"
              f"{STYLE}</style></head><body><h1>{counts}</h1>"]
-    drawn = threshold is None
+    has_line = threshold is None
     for file, name, score, (W, H), regions in sorted(shown, key=lambda row: -row[2]):
-        if not drawn and score <= threshold:
+        if not has_line and score <= threshold:
             parts.append(f"<hr><p>threshold {threshold:.4g}: below it, normal</p>")
-            drawn = True
+            has_line = True
         size = f"loading='lazy' width='{W}' height='{H}'"
         count = f"{len(regions)} region{'s' * (len(regions) != 1)}"
         photo = "" if file.suffix.lower() in (".tif", ".tiff", ".ppm", ".pgm") else \
@@ -44,13 +44,13 @@ def web_page(shown: list[tuple], threshold: float | None, out: Path, unread: int
         parts.append(f"<figure>{photo}<div class='p'><img {size} src='heatmaps/{link(name)}.png'>"
                      f"{boxes}</div><figcaption>{html.escape(printable(name))}<br>score "
                      f"{score:.4g}<br>{count}</figcaption></figure>")
-    if not drawn:
+    if not has_line:
         parts.append(f"<hr><p>threshold {threshold:.4g}: no photo below it</p>")
     return "\n".join([*parts, "</body></html>\n"])
 
 
 def address_of(file: Path, out: Path) -> str:
-    """The address of a photo in the page: relative, or a URI where it lies on another drive."""
+    """The address of a photo in the page: a relative path, or a URI if it is on another drive."""
     try:
         return os.path.relpath(file, out)
     except ValueError:                                                # on another drive

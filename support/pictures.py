@@ -1,25 +1,25 @@
-"""Pictures of images, restorations and anomaly maps, drawn from plain arrays."""
+"""Figures of images, restorations and anomaly maps, drawn from plain arrays."""
 import numpy as np
 
 from support.console import printable
 from support.layouts import is_good
 
-MAX_ROWS = 24                                           # of the picture of a run
+MAX_ROWS = 24                                           # at most, in the figure of a run
 
 
 def over_grey(image: np.ndarray, M: np.ndarray, top: float) -> np.ndarray:
-    """A map [H, W] in colours from 0 to `top` over the grey image [H, W, 3]; both in 0..255."""
+    """A map [H, W], coloured from 0 to `top`, over the grey image; [H, W, 3] in 0..255."""
     from matplotlib import colormaps
-    share = np.clip(M / top, 0, 1)[..., None]
-    alpha = 0.8 * np.sqrt(share)
-    colours = colormaps["inferno"](share[..., 0])[..., :3] * 255
+    fraction = np.clip(M / top, 0, 1)[..., None]
+    alpha = 0.8 * np.sqrt(fraction)
+    colours = colormaps["inferno"](fraction[..., 0])[..., :3] * 255
     return (1 - alpha) * image.mean(-1, keepdims=True) + alpha * colours
 
 
 def pick_rows(kinds: list[str], of_each: int = 2) -> list[int]:
-    """Indices of some images of each kind, those of good parts last; MAX_ROWS at most.
+    """Indices of up to `of_each` images of each kind, good parts last; at most MAX_ROWS in all.
 
-    kinds: the defect, or "good", of every image.
+    kinds: the defect of every image, or "good".
     """
     names = sorted(set(kinds), key=lambda kind: (is_good(kind), kind))
     each = max(1, min(of_each, MAX_ROWS // len(names)))
@@ -30,20 +30,20 @@ def pick_rows(kinds: list[str], of_each: int = 2) -> list[int]:
 
 def draw_rows(file, photos: np.ndarray, restored: np.ndarray, M_final: np.ndarray,
               names: list[str], truths: list) -> None:
-    """A row for each image: input, restoration, map over image, map, ground truth; a PNG.
+    """Write a PNG with a row per image: input, restoration, map over image, map, ground truth.
 
-    photos, restored: [N, H, W, 3] in 0..255; M_final: [N, H, W]; truths: masks, or None.
+    photos, restored: [N, H, W, 3] in 0..255; M_final: [N, H, W]; truths: N masks [H, W] or None.
     """
     from matplotlib.figure import Figure
     top = float(M_final.max())
-    over = [over_grey(photo, M, top) for photo, M in zip(photos, M_final)]
+    overlays = [over_grey(photo, M, top) for photo, M in zip(photos, M_final)]
     truth = [np.full_like(M_final[0], np.nan) if M is None else top * M for M in truths]
-    columns = {"image": photos, "restoration": restored, "map over image": over,
+    columns = {"image": photos, "restoration": restored, "map over image": overlays,
                "anomaly map": M_final, "ground truth": truth}
 
     figure = Figure(figsize=(10, 2 * len(photos) + 0.8), layout="constrained")
     axes = figure.subplots(1, 5)
-    for axis, (title, pictures) in zip(axes, columns.items()):         # a column is one picture
+    for axis, (title, pictures) in zip(axes, columns.items()):         # each column is one image
         side, white = len(pictures[0]), 255 if pictures[0].ndim == 3 else np.nan
         gap = side // 16
         rows = [np.pad(picture, ((0, gap), *[(0, 0)] * (picture.ndim - 1)), constant_values=white)

@@ -1,7 +1,7 @@
-"""Several processes that train as one: the one place that reads torchrun's environment.
+"""Training with several processes; only this module reads torchrun's environment variables.
 
 RANK is this process's number, COUNT the number of processes, LOCAL_RANK the number on this machine.
-Alone, a process is rank 0 of 1. Rank 0 speaks and writes; the others only compute.
+A single process is rank 0 of 1. Rank 0 prints and writes files; the others only compute.
 """
 import os
 import sys
@@ -16,8 +16,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, str]:
     """Rank, number of processes, local rank, and a note on variables that were ignored.
 
-    torchrun's variables count only where all of VARIABLES are there and agree. A shell that was
-    started inside somebody else's job has some of them, and one process runs there.
+    torchrun's variables are used only if all of VARIABLES are set and consistent. A shell inside
+    another job may have some of them; one process runs then.
     """
     values = {name: environment[name] for name in VARIABLES if environment.get(name)}
     numbers = [values.get(name, "") for name in VARIABLES[:3]]
@@ -36,16 +36,16 @@ RANK, COUNT, LOCAL_RANK, NOTE = read_environment(os.environ)
 
 
 def silence_others() -> None:
-    """Close the standard streams of every rank but the first."""
+    """Discard what ranks other than 0 write to standard output and error."""
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def join(device: str, batch: int) -> str:
-    """Meet the other processes, if there are any. Returns the device of this one.
+    """Join the group of processes, if there are several. Returns the device of this process.
 
-    On GPUs each has its own. Raises InputError for a batch that the ranks cannot share evenly, half
-    of it anomalous.
+    On GPUs each process has its own device. Raises InputError for a batch that is not a multiple of
+    2 COUNT: every rank gets the same number of images, half of them anomalous.
     """
     if COUNT == 1:
         return device
@@ -63,14 +63,14 @@ def join(device: str, batch: int) -> str:
 
 
 def wait() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this function."""
     if COUNT > 1:
         import torch
         torch.distributed.barrier()
 
 
 def mean(values):
-    """The mean over all ranks of a tensor, which is changed in place and returned."""
+    """The mean of a tensor over all ranks. With several ranks, `values` itself becomes the sum."""
     if COUNT > 1:
         import torch
         torch.distributed.all_reduce(values)
@@ -78,7 +78,7 @@ def mean(values):
 
 
 def any_rank(flag: bool, device) -> bool:
-    """Whether the flag is up on this rank or on another one."""
+    """Whether the flag is true on at least one rank."""
     if COUNT == 1:
         return flag
     import torch

@@ -1,4 +1,4 @@
-"""What is printed at the end of a command: the table of metrics, the picture to open, what is next.
+"""The output at the end of a command: a table of metrics, the picture to open, the next command.
 """
 import math
 import os
@@ -11,7 +11,7 @@ COLUMNS = {"image_auroc": "image AUROC", "aupro": "AUPRO", "pixel_auroc": "pixel
 
 
 def print_table(rows: list[dict]) -> None:
-    """A row for each category's metrics and, of several, their means, in per cent."""
+    """Print the metrics of each category and, if there are several, their means, in per cent."""
     def cell(value) -> str:
         return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
@@ -40,7 +40,7 @@ def print_next_steps(folders: list[Path], data_root: Path) -> None:
 
 
 def print_threshold_check(results: dict) -> None:
-    """Print how a threshold from normal images fares on the test set. results: of metrics.json."""
+    """Print how the threshold performs on the test set. results: the content of metrics.json."""
     print(f"  at that threshold the test set's F1 is {100 * results['image_f1']:.1f} %; the best "
           f"threshold for this very test set would give {100 * results['image_f1max']:.1f} %")
     print(f"  the test set's defective images against the held-out normal ones: an AUROC of "

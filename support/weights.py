@@ -1,4 +1,4 @@
-"""Weights on disk: files of plain values and tensors, put into a model or refused."""
+"""Checkpoint files of plain values and tensors: reading them and loading their weights."""
 import pickle
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from support.console import InputError
 
 
 def load_torch(path: Path) -> dict:
-    """torch.load of plain types and tensors only. Raises InputError for anything else."""
+    """torch.load for plain types and tensors only. Raises InputError for other content."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -18,17 +18,17 @@ def load_torch(path: Path) -> dict:
         raise InputError(f"{path} is not a checkpoint: it holds other things than plain values and "
                          f"tensors, and was not opened, as that could run code")
     except Exception as error:
-        first = str(error).split("\n")[0][:120]
-        raise InputError(f"{path} is not a checkpoint ({type(error).__name__}: {first})")
+        first_line = str(error).split("\n")[0][:120]
+        raise InputError(f"{path} is not a checkpoint ({type(error).__name__}: {first_line})")
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Put weights into the model. Raises InputError for those of another one, and for NaN."""
+    """Load weights into a model. Raises InputError if they do not fit or are not finite."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        first = " ".join(str(error).split("\n\t")[1:2]) or str(error)
-        raise InputError(f"{path} holds another architecture: {first[:160]}")
+        detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise InputError(f"{path} holds another architecture: {detail[:160]}")
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise InputError(f"{path} holds weights that are not finite numbers; the file is damaged: "
                          f"train again, or use another checkpoint")

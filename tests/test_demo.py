@@ -4,13 +4,14 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-import data
 import demo
-import metrics
+from helpers import mean_std_model
+from support.console import InputError
+from support.layouts import find_category
 
 
 @pytest.mark.parametrize("category", demo.PRODUCTS)
-def test_same_number_same_pixels(category):
+def test_the_same_number_gives_the_same_pixels(category):
     defect = demo.DEFECTS[category][0]
     (a, m), (b, n) = demo.draw(category, defect, 3), demo.draw(category, defect, 3)
     assert np.array_equal(a, b) and np.array_equal(m, n)
@@ -34,13 +35,13 @@ def test_masks_show_where_the_defect_is(category, defect):
         assert change[ndimage.distance_transform_edt(~mask) > 20].max() <= 2
 
 
-def test_the_data_set_on_disk(whole_demo):
+def test_the_data_set_on_disk_is_complete_and_exact(whole_demo):
     for category, defects in demo.DEFECTS.items():
-        found = data.find_category("demo", category, whole_demo)
-        labels = [item.label for item in found.test]
-        assert len(found.train) >= 60 and labels.count(0) >= 20 and labels.count(1) >= 40
-        assert len(defects) >= 3 and {item.defect for item in found.test} == {*defects, "good"}
-        last = [item for item in found.test if item.label][-1]
+        listing = find_category("demo", category, whole_demo)
+        labels = [item.label for item in listing.test]
+        assert len(listing.train) >= 60 and labels.count(0) >= 20 and labels.count(1) >= 40
+        assert len(defects) >= 3 and {item.defect for item in listing.test} == {*defects, "good"}
+        last = [item for item in listing.test if item.label][-1]
         number = int(last.path.stem)
         image, mask = demo.draw(category, last.defect, number)
         assert np.array_equal(np.asarray(Image.open(last.path)), image)
@@ -67,7 +68,7 @@ def test_a_second_call_draws_nothing_and_two_at_once_draw_one_set(tmp_path, monk
     demo.write(tmp_path)
 
 
-def test_a_broken_off_drawing_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*which):
         raise KeyboardInterrupt
 
@@ -79,25 +80,12 @@ def test_a_broken_off_drawing_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(data.InputError, match="file.demo .*choose another --root"):
+    with pytest.raises(InputError, match="file.demo .*choose another --root"):
         demo.write(tmp_path / "file" / "demo")
 
 
-def test_no_threshold_on_brightness_solves_it(whole_demo):
+def test_no_threshold_on_brightness_solves_the_demo(whole_demo):
     """A per-pixel mean and standard deviation of the train images, smoothed as Eq. 10 does."""
     for category in demo.PRODUCTS:
-        found, measured = mean_std_model(whole_demo, category)
-        assert measured["image_auroc"] < 0.85 and measured["aupro"] < 0.8, category
-
-
-def mean_std_model(root, category, size=128):
-    from scipy import ndimage
-    found = data.find_category("demo", category, root)
-    train = data.Images(found.train, size, size)[:].float()
-    test = data.Images([item.path for item in found.test], size, size)[:].float()
-    deviation = ((test - train.mean(0)).abs() / (train.std(0) + 1)).mean(1).numpy()
-    maps = ndimage.uniform_filter(deviation, (0, 7, 7))
-    maps = np.repeat(np.repeat(maps, 256 // size, 1), 256 // size, 2)
-    masks = np.stack([data.load_mask(item, 256, 256) for item in found.test])
-    labels = np.array([item.label for item in found.test])
-    return found, metrics.evaluate(labels, maps.max((1, 2)), maps, masks)
+        _, scores = mean_std_model(whole_demo, category)
+        assert scores["image_auroc"] < 0.85 and scores["aupro"] < 0.8, category

@@ -1,4 +1,4 @@
-"""Fetching from a local server that breaks off, lies and is hostile; checking folders of images."""
+"""Downloads from a local server that breaks off and lies, archives, and the check of folders."""
 import csv
 import dataclasses
 import errno
@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-import data
 import download
-import settings
+from data import Textures, load_mask
+from support import console, layouts
+from support.files import file_lock
+from support.layouts import find_category, list_categories
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,7 +56,7 @@ def server(monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0)
     monkeypatch.setattr(download, "TIMEOUT", 5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(data.CATEGORIES, "visa", ["candle"])
+    monkeypatch.setitem(layouts.CATEGORIES, "visa", ["candle"])
     monkeypatch.setitem(download.PUBLISHED, "candle", "2/1/1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.statuses, server.cuts = [], [], []
@@ -147,17 +149,17 @@ def test_visa_is_fetched_and_readable_at_once(tmp_path, capsys, server, prefix):
     status, out, lines = run("visa", "--root", tmp_path / "data", capsys=capsys)
     assert status == 0 and not lines and out.startswith("VisA: CC BY 4.0")
     assert left(tmp_path / "data") == ["visa"]
-    assert data.list_categories("visa", tmp_path / "data") == ["candle"]
-    found = data.find_category("visa", "candle", tmp_path / "data")
-    assert len(found.train) == 2 and [item.label for item in found.test] == [0, 1]
-    assert data.load_mask(found.test[1], 16, 16).all()
+    assert list_categories("visa", tmp_path / "data") == ["candle"]
+    category = find_category("visa", "candle", tmp_path / "data")
+    assert len(category.train) == 2 and [item.label for item in category.test] == [0, 1]
+    assert load_mask(category.test[1], 16, 16).all()
 
 
 def test_complete_data_is_left_alone(tmp_path, capsys, server, monkeypatch):
     server.offer("visa", tar_of(visa_files()))
     monkeypatch.setenv("TRANSFUSION_DATA", str(tmp_path))
     assert run("visa", capsys=capsys)[0] == 0 and len(server.asked) == 1
-    (tmp_path / "visa").rename(tmp_path / "VisA_20220922")          # another folder data.py knows
+    (tmp_path / "visa").rename(tmp_path / "VisA_20220922")          # another folder that is read
     tmp_path.chmod(0o555)
     status, out, _ = run("visa", capsys=capsys)
     tmp_path.chmod(0o755)
@@ -165,46 +167,46 @@ def test_complete_data_is_left_alone(tmp_path, capsys, server, monkeypatch):
     assert len(server.asked) == 1 and left(tmp_path) == ["VisA_20220922"]
 
 
-def test_mvtec_tar_xz(tmp_path, capsys, server, monkeypatch):
+def test_mvtec_is_unpacked_from_its_tar_xz(tmp_path, capsys, server, monkeypatch):
     files = dict.fromkeys(("cable/train/good/000.png", "cable/test/good/000.png",
                            "cable/test/cut/000.png", "cable/ground_truth/cut/000_mask.png",
                            "license.txt"), image_bytes())
-    monkeypatch.setitem(data.CATEGORIES, "mvtec", ["cable"])
+    monkeypatch.setitem(layouts.CATEGORIES, "mvtec", ["cable"])
     monkeypatch.setitem(download.PUBLISHED, "cable", "1/1/1")
     server.offer("mvtec", tar_of(files, "w:xz"), file="mvtec_anomaly_detection.tar.xz")
     status, out, _ = run("mvtec", "--root", tmp_path, capsys=capsys)
     assert status == 0 and "CC BY-NC-SA 4.0" in out.splitlines()[0]
-    assert len(data.find_category("mvtec", "cable", tmp_path).test) == 2
+    assert len(find_category("mvtec", "cable", tmp_path).test) == 2
     assert (tmp_path / "mvtec" / "license.txt").is_file()
 
 
-def test_btad_zip(tmp_path, capsys, server):
+def test_btad_is_unpacked_from_its_zip(tmp_path, capsys, server):
     files = {f"BTech_Dataset_transformed/{name}/{place}/0.png": image_bytes()
              for name in ("01", "02", "03")
              for place in ("train/ok", "test/ok", "test/ko", "ground_truth/ko")}
     server.offer("btad", zip_of(files), file="btad.zip")
     assert run("btad", "--root", tmp_path, capsys=capsys)[0] == 0
-    assert data.list_categories("btad", tmp_path) == ["01", "02", "03"]
+    assert list_categories("btad", tmp_path) == ["01", "02", "03"]
     assert left(tmp_path) == ["btad"] and left(tmp_path / "btad") == ["01", "02", "03"]
     (tmp_path / "btad" / "03").rename(tmp_path / "btad" / "3")
     gone = tmp_path / "btad" / "03"
     assert download.shortfalls("btad", tmp_path / "btad") == [f"{gone}: missing"]
 
 
-def test_dtd(tmp_path, capsys, server, monkeypatch):
+def test_dtd_is_unpacked_and_its_classes_are_counted(tmp_path, capsys, server, monkeypatch):
     assert download.DTD == [120] * 47
     monkeypatch.setattr(download, "DTD", [5] * 12)
     files = {f"dtd/images/c{k:02}/{n:03}.jpg": b"" for k in range(12) for n in range(5)}
     server.offer("dtd", tar_of(files | {"dtd/labels/train1.txt": b""}))
     assert run("dtd", "--root", tmp_path, capsys=capsys)[0] == 0
-    assert data.Textures(tmp_path, 8).count == 60
+    assert Textures(tmp_path, 8).count == 60
     (tmp_path / "dtd" / "images" / "c11" / "001.jpg").unlink()
     assert "59 images in 12 classes" in download.shortfalls("dtd", tmp_path / "dtd")[0]
 
 
 def test_published_counts_are_those_of_the_data_sets():
     for name, totals in (("mvtec", [3629, 467, 1258]), ("visa", [8659, 962, 1200])):
-        counts = [download.PUBLISHED[c].split("/") for c in data.CATEGORIES[name]]
+        counts = [download.PUBLISHED[c].split("/") for c in layouts.CATEGORIES[name]]
         assert np.array(counts, int).sum(0).tolist() == totals
     assert len(download.PUBLISHED) == 27
 
@@ -219,12 +221,12 @@ def test_a_broken_connection_is_resumed_with_the_rest_only(tmp_path, capsys, ser
     assert left(tmp_path) == ["visa"]
 
 
-def test_the_next_call_goes_on(tmp_path, capsys, server, monkeypatch):
+def test_the_next_call_continues_a_broken_download(tmp_path, capsys, server, monkeypatch):
     server.offer("visa", tar_of(visa_files()))
     monkeypatch.setattr(download, "ATTEMPTS", 2)
     server.cuts = [3000, 500]
     line = refused(tmp_path, capsys, "broken off after 3500 of .*run this again")
-    assert data.PAGES["visa"] in line and "split_csv/1cls.csv" in line
+    assert layouts.PAGES["visa"] in line and "split_csv/1cls.csv" in line
     assert (tmp_path / "visa.tar.part").read_bytes() == server.body[:3500]
     assert run("visa", "--root", tmp_path, capsys=capsys)[0] == 0
     assert server.asked[2:] == [("bytes=3500-", '"one"')]
@@ -270,12 +272,12 @@ def test_a_part_that_is_whole_needs_no_server(tmp_path, capsys, server):
     assert not server.asked and left(tmp_path) == ["visa"]
 
 
-def test_addresses_that_fail(tmp_path, capsys, server):
+def test_an_address_that_fails_is_asked_again_only_where_that_helps(tmp_path, capsys, server):
     server.offer("visa", tar_of(visa_files()))
     server.statuses = [404]
     line = refused(tmp_path, capsys, "HTTP Error 404")
     assert len(server.asked) == 1                                   # no use to ask again
-    assert data.PAGES["visa"] in line and "visa/CATEGORY/Data" in line
+    assert layouts.PAGES["visa"] in line and "visa/CATEGORY/Data" in line
     server.statuses = [503] * download.ATTEMPTS
     refused(tmp_path, capsys, "HTTP Error 503")
     assert len(server.asked) == 1 + download.ATTEMPTS
@@ -283,7 +285,8 @@ def test_addresses_that_fail(tmp_path, capsys, server):
     assert run("visa", "--root", tmp_path, capsys=capsys)[0] == 0
 
 
-def test_nobody_answers(tmp_path, capsys, server, monkeypatch):
+def test_a_server_that_does_not_answer_is_named_with_its_page(tmp_path, capsys, server,
+                                                              monkeypatch):
     server.offer("visa", b"", url="http://127.0.0.1:1/visa.tar")
     refused(tmp_path, capsys, "refused.*spot-diff")
     server.offer("visa", b"", url="http://nowhere.invalid/visa.tar")
@@ -295,15 +298,15 @@ def test_nobody_answers(tmp_path, capsys, server, monkeypatch):
     refused(tmp_path, capsys, "timed out.*spot-diff")
 
 
-def test_wrong_checksum(tmp_path, capsys, server):
+def test_a_file_with_a_wrong_checksum_is_removed(tmp_path, capsys, server):
     body = tar_of(visa_files())
     server.offer("visa", body, sha256="0" * 64)
-    found = hashlib.sha256(body).hexdigest()[:12]
-    refused(tmp_path, capsys, f"wrong checksum, sha256 000000000000... expected, {found}... found")
+    digest = hashlib.sha256(body).hexdigest()[:12]
+    refused(tmp_path, capsys, f"wrong checksum, sha256 000000000000... expected, {digest}... found")
     assert left(tmp_path) == [".visa.lock", ".visa.notes"]
 
 
-def test_a_file_longer_than_the_limit(tmp_path, capsys, server):
+def test_a_file_longer_than_the_limit_is_removed(tmp_path, capsys, server):
     server.offer("visa", tar_of(visa_files()), limit=5000)
     refused(tmp_path, capsys, "over 5000 bytes")
     assert left(tmp_path) == [".visa.lock", ".visa.notes"]
@@ -334,9 +337,9 @@ def test_ctrl_c_and_a_full_disk_keep_the_part(tmp_path, capsys, server, monkeypa
 
     server.offer("visa", tar_of(visa_files()))
     with monkeypatch.context() as once:
-        once.setattr(settings, "tqdm", Bar)
-        got, _, lines = run("visa", "--root", tmp_path, capsys=capsys)
-    assert got == status and len(lines) == 1 and re.match(line, lines[0])
+        once.setattr(console, "tqdm", Bar)
+        returned, _, lines = run("visa", "--root", tmp_path, capsys=capsys)
+    assert returned == status and len(lines) == 1 and re.match(line, lines[0])
     assert left(tmp_path) == [".visa.lock", ".visa.notes", "visa.tar.part"]
     assert run("visa", "--root", tmp_path, capsys=capsys)[0] == 0
     assert left(tmp_path) == ["visa"]
@@ -344,7 +347,7 @@ def test_ctrl_c_and_a_full_disk_keep_the_part(tmp_path, capsys, server, monkeypa
 
 def test_the_second_process_is_refused_and_a_dead_one_blocks_nobody(tmp_path, capsys, server):
     server.offer("visa", tar_of(visa_files()))
-    with download.locked(tmp_path / ".visa.lock"):
+    with file_lock(tmp_path / ".visa.lock", "held"):
         refused(tmp_path, capsys, "another process is fetching")
         assert not server.asked
     (tmp_path / "visa.part" / "candle" / "train").mkdir(parents=True)       # of a killed process
@@ -379,7 +382,7 @@ def tar_entry(name, kind=tarfile.REGTYPE, link="", size=0):
     tar_entry("../evil", size=3), tar_entry("candle/../../evil", size=3),
     tar_entry("evil", tarfile.SYMTYPE, "../x"), tar_entry("evil", tarfile.CHRTYPE)],
     ids=["parent", "deep parent", "link out of the folder", "device"])
-def test_tarfiles_data_filter_is_on(tmp_path, capsys, server, entry):
+def test_a_tar_with_an_entry_that_leads_out_or_a_device_is_refused(tmp_path, capsys, server, entry):
     server.offer("visa", tar_of(visa_files(), "w:gz", [entry]))
     refused(tmp_path / "root", capsys, "a damaged archive .*evil'")
     assert left(tmp_path / "root") == [".visa.lock", ".visa.notes", "visa.tar.part"]
@@ -394,7 +397,15 @@ def test_no_rights_are_taken_from_an_archive(tmp_path, capsys, server):
     assert (tmp_path / "visa" / "tool").stat().st_mode & 0o6022 == 0
 
 
-def test_a_zip_that_declares_too_little(tmp_path, capsys, server):
+@pytest.mark.parametrize("name", ["../evil", "candle/../../evil", "/evil"])
+def test_a_zip_writes_nothing_outside_of_its_folder(tmp_path, capsys, server, name):
+    server.offer("visa", zip_of(visa_files() | {name: b"xxx"}))
+    assert run("visa", "--root", tmp_path / "root", capsys=capsys)[0] == 0
+    assert left(tmp_path) == ["root"] and left(tmp_path / "root") == ["visa"]
+    assert [p.name for p in (tmp_path / "root/visa").rglob("evil")] == ["evil"]
+
+
+def test_a_zip_that_declares_too_little_is_refused(tmp_path, capsys, server):
     body = zip_of(visa_files() | {"evil": b"x" * 10**6})
     declared = (10**6).to_bytes(4, "little")
     assert body.count(declared) == 2                                # beside the file, in the index
@@ -404,12 +415,12 @@ def test_a_zip_that_declares_too_little(tmp_path, capsys, server):
 
 @pytest.mark.parametrize("body", [tar_of(visa_files())[:8000], tar_of(visa_files(), "w:gz")[:1000],
                                   b"<html>moved</html>", b""])
-def test_damaged_archives(tmp_path, capsys, server, body):
+def test_damaged_archives_are_refused(tmp_path, capsys, server, body):
     server.offer("visa", body)
     refused(tmp_path, capsys, "a damaged archive|no training images")
 
 
-def test_a_zip_with_a_damaged_entry(tmp_path, capsys, server):
+def test_a_zip_with_a_damaged_entry_is_refused(tmp_path, capsys, server):
     body = bytearray(zip_of({"evil": bytes(10**5)}))
     body[34:44] = b"\xff" * 10                                      # where its deflated bytes begin
     server.offer("visa", bytes(body))
@@ -444,7 +455,7 @@ def bolt(path):
     return path
 
 
-def test_check_of_good_data_at_every_level(tmp_path, capsys, monkeypatch):
+def test_check_of_good_data_at_every_level_of_folders(tmp_path, capsys, monkeypatch):
     root = tmp_path / "root"
     save(bolt(root / "mvtec" / "bolt") / "ground_truth" / "good" / "000_mask.png", value=0)
     empty(bolt(root / "visa.part" / "bolt"))                        # of a download under way
@@ -458,10 +469,9 @@ def test_check_of_good_data_at_every_level(tmp_path, capsys, monkeypatch):
                           (root / "mvtec" / "bolt", ["mvtec/bolt"])):
         status, out, lines = run("--check", folder, capsys=capsys)
         assert status == 0 and not lines and out.endswith("\nnothing is wrong\n")
-        got = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:-2]}
-        want = {str((root / name).relative_to(folder)) if root / name != folder else "bolt":
-                rows[name].split() for name in names}
-        assert got == want
+        printed = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:-2]}
+        assert printed == {str((root / name).relative_to(folder)) if root / name != folder else
+                           "bolt": rows[name].split() for name in names}
 
 
 def unmask(path):
@@ -533,7 +543,7 @@ def test_check_knows_the_published_counts(tmp_path, capsys):
     assert run("--check", path, capsys=capsys)[0] == 0
 
 
-def test_check_of_visa(tmp_path, capsys, monkeypatch):
+def test_check_names_the_faults_of_visa(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(download.PUBLISHED, "candle", "1/1/1")
     write(tmp_path, visa_files())
     images = tmp_path / "candle" / "Data" / "Images"
@@ -550,7 +560,7 @@ def test_check_of_visa(tmp_path, capsys, monkeypatch):
     assert "1cls.csv: not VisA's table" in out and out.endswith("\nfaults: 1\n")
 
 
-def test_check_without_data_and_wrong_command_lines(tmp_path, capsys):
+def test_a_check_without_data_and_a_wrong_command_line_are_refused(tmp_path, capsys):
     for folder, line in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no data in it")):
         status, _, lines = run("--check", folder, capsys=capsys)
         assert status == 2 and len(lines) == 1 and line in lines[0]

@@ -107,7 +107,7 @@ def test_visa_as_published_follows_its_table(tmp_path):
     assert [p.name for p in category.train] == ["0.JPG", "1.JPG"]      # 9.JPG is not in the table
     assert [(i.label, i.defect, bool(i.mask)) for i in category.test] == [(0, "good", False),
                                                                           (1, "bad", True)]
-    assert data.load_mask(category.test[1], 16, 16).all()              # a class id of 3 is anomalous
+    assert data.load_mask(category.test[1], 16, 16).all()             # a class id of 3 is anomalous
 
 
 def test_visa_without_its_table_or_with_a_wrong_one_is_refused(tmp_path):

@@ -202,7 +202,8 @@ def test_a_final_mask_that_does_not_exist_is_refused(small):
 def test_a_long_list_goes_through_the_network_in_parts(small, photos, monkeypatch):
     model, sizes = predict.load(small[0], infer_steps=1), []
     restore = model.model.restore
-    monkeypatch.setattr(model.model, "restore", lambda x, *a: sizes.append(len(x)) or restore(x, *a))
+    monkeypatch.setattr(model.model, "restore",
+                        lambda x, steps: sizes.append(len(x)) or restore(x, steps))
     files = [str(file) for file in sorted(photos.rglob("*.png"))]
     scores = [inspection.score for inspection in model.inspect(files + files[:3])]
     assert sizes == [8, 3] and scores[8:] == pytest.approx(scores[:3], rel=1e-4)
@@ -282,7 +283,8 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
     ({"more": ["--false-alarms", "2"]}, "--false-alarms 2"),
     ({"more": ["--device", "toaster"]}, "--device toaster"),
 ])
-def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(small, photos, tmp_path, monkeypatch, capsys, change, expected):
+def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(
+        small, photos, tmp_path, monkeypatch, capsys, change, expected):
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)

@@ -106,7 +106,7 @@ def test_two_ranks_train_as_one(trained_both_ways, batchnorm):
     else:                                      # only the mask head's BatchNorm sees half a batch
         assert torch.allclose(alone[0, [1, 3]], shared[0, [1, 3]], rtol=1e-5)       # n, a
         assert not torch.allclose(alone[0, 2], shared[0, 2], rtol=1e-6)             # m
-        assert torch.allclose(alone, shared, rtol=0.05)
+        assert torch.allclose(alone, shared, rtol=0.005)
 
 
 def test_the_command_under_torchrun(parts):
@@ -115,3 +115,46 @@ def test_the_command_under_torchrun(parts):
     assert process.stdout.count("image AUROC") == 1
     folder = parts.parent / "runs" / "parts" / "bolt"
     assert {"metrics.json", "last.pt", "log.csv"} <= {p.name for p in folder.iterdir()}
+
+
+# ---------------------------------------------------------------- torchrun's environment
+
+WHOLE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0"}
+
+
+def test_torchruns_variables_count_where_all_are_set_and_agree():
+    assert ranks.read_environment({**WHOLE, "HOME": "/root"}) == (5, 8, 1, "")
+    assert ranks.read_environment({**WHOLE, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}) \
+        == (0, 1, 0, "")
+
+
+@pytest.mark.parametrize("environment", [{}, {"HOME": "/root"}, {"MASTER_ADDR": "node0"},
+                                         {"RANK": ""}])
+def test_without_torchruns_variables_one_process_runs(environment):
+    """MASTER_ADDR alone says nothing of ranks: clusters export it in every shell."""
+    assert ranks.read_environment(environment) == (0, 1, 0, "")
+
+
+@pytest.mark.parametrize("changes", [
+    *({name: ""} for name in WHOLE),                                     # one of them is not set
+    {"RANK": "8"}, {"RANK": "-1"}, {"RANK": "five"}, {"LOCAL_RANK": "6"}, {"WORLD_SIZE": "0"},
+    {"WORLD_SIZE": "8.0"}, {"WORLD_SIZE": "²"}])
+def test_of_variables_that_are_missing_or_disagree_one_process_is_left_and_a_note(changes):
+    environment = {**WHOLE, **changes}
+    rank, count, local_rank, note = ranks.read_environment(environment)
+    assert (rank, count, local_rank) == (0, 1, 0)
+    assert note.startswith("note: ") and note.endswith("one process runs") and "\n" not in note
+    assert all(f"{name}={value}" in note for name, value in environment.items() if value)
+
+
+def test_a_shell_inside_another_job_trains_with_one_process_and_prints_the_note(parts):
+    """The other three variables, as srun leaves them, wait for nobody."""
+    environment = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3",
+                   "OMP_NUM_THREADS": "1"}
+    environment.pop("MASTER_ADDR", None)
+    process = subprocess.run([sys.executable, "train.py", *argv_for(parts)], cwd=ROOT, text=True,
+                             capture_output=True, timeout=300, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.startswith("note: RANK=3, WORLD_SIZE=4, LOCAL_RANK=3 in the environment "
+                                     "ignored")
+    assert process.stdout.count("image AUROC") == 1
