@@ -156,12 +156,12 @@ def test_the_first_signal_asks_to_stop_and_the_second_one_interrupts(number):
     assert signal.getsignal(number) is handler                      # put back
 
 
-def test_a_signal_that_is_ignored_stays_ignored(number):
-    """As SIGHUP is under nohup."""
+def test_what_is_ignored_under_nohup_stays_ignored_and_ctrl_c_is_heard(number):
+    """A script's background job begins with Ctrl-C ignored, but `kill -INT` is meant for it."""
     signal.signal(number, signal.SIG_IGN)
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
-        assert not stop.asked
+        assert stop.asked == (number != signal.SIGHUP)
 
 
 def test_a_training_that_is_asked_to_stop_saves_its_step_and_is_continued(factory, monkeypatch,
