@@ -28,7 +28,8 @@ from settings import Settings, check, clean_data, fields_of
 from support import ranks
 from support.console import InputError, exit_status, progress_bar
 from support.devices import hardware, pick_device
-from support.files import float_array, locked_folder, save_atomically, save_csv, save_json
+from support.files import (float_array, locked_folder, save_atomically, save_csv_if_possible,
+                           save_json)
 from support.flags import add_flags
 from support.pictures import draw_rows, pick_rows
 from support.report import print_table, print_threshold_check
@@ -233,11 +234,12 @@ def write_results(run: Run, path: Path | None = None) -> dict:
     if path:
         save_json(path, results)
         return results
-    save_csv(run.folder / "scores.csv",
-             [{"file": name_in(run_data.category, item.path), "label": item.label,
-               "score": f"{value:.9g}"} for item, value in zip(items, scores)])
     save_atomically(run.folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
     save_json(run.folder / "metrics.json", results)
+    save_csv_if_possible(
+        run.folder / "scores.csv",
+        [{"file": name_in(run_data.category, item.path), "label": item.label,
+          "score": f"{value:.9g}"} for item, value in zip(items, scores)])
     print("  drawing some of them", flush=True)
     save_atomically(run.folder / "qualitative.png",
                     lambda file: draw_test_images(file, model, s, run_data))
@@ -253,7 +255,7 @@ def score_epoch(run: Run, every: int) -> None:
     results, *_ = score(run.scored_model, run.settings, run.data)
     run.scored_model.train()
     run.evaluations.append({"epoch": epoch, "step": run.step, **results})
-    save_csv(run.folder / "eval.csv", run.evaluations)
+    save_csv_if_possible(run.folder / "eval.csv", run.evaluations)
 
 
 def draw_test_images(file, model: Method, s: Settings, run_data: RunData) -> None:

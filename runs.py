@@ -17,7 +17,7 @@ from settings import LENGTH, Settings, flag_of, names_of
 from support import ranks
 from support.console import InputError
 from support.devices import fast_bf16
-from support.files import read_json, save_atomically, save_csv
+from support.files import read_json, save_atomically, save_csv_if_possible
 from support.layouts import FOLDERS
 from support.weights import load_torch, load_weights
 from transfusion import Method
@@ -88,7 +88,7 @@ class Run:
                  **{name: getattr(self, name) for name in self.RECORD}}
         save_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
         if self.log:
-            save_csv(self.folder / "log.csv", self.log)
+            save_csv_if_possible(self.folder / "log.csv", self.log)
 
     def load(self) -> None:
         """Return to the folder's last checkpoint: weights, moments, average and record.
