@@ -20,7 +20,7 @@ from torch import Tensor
 
 import metrics
 from data import (Images, RunData, Textures, load_run_data, name_in, save_data_record, scale,
-                  scoring_side)
+                  scoring_side, unscale)
 from metrics import CalibrationScores, threshold
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import Run, load_model, result_path, saved_settings
@@ -284,8 +284,8 @@ def draw_restorations(file, model: Method, s: Settings, images: Tensor, names: l
     parts = (part for _, part in restore_all(model, images, range(len(images)), s))
     x_0, *maps = (torch.cat(part).cpu() for part in zip(*parts))
     M_final = final_maps(dict(zip(Restoration._fields[1:], (M[:, 0].numpy() for M in maps))), s)
-    restored = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-    draw_rows(file, images.permute(0, 2, 3, 1).numpy(), restored, M_final, names, truths)
+    photos, restored = (x.permute(0, 2, 3, 1).numpy() for x in (images, unscale(x_0)))
+    draw_rows(file, photos, restored, M_final, names, truths)
 
 
 # ---------------------------------------------------------------- the command
@@ -307,9 +307,7 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     unfinished = (not calibration and state["step"] > 0 and s.hold_out > 0
                   or (config.steps, config.epochs) != (trained.steps, trained.epochs))
     run_data = load_run_data(s, training=False, folder=folder)
-    for note in run_data.notes:
-        if note.startswith("warning"):
-            print(f"  {note}")
+    print("".join(f"  {note}\n" for note in run_data.notes if note[:7] == "warning"), end="")
     if not run_data.test:
         raise InputError(f"{run_data.category.root}: no test images to score")
     with locked_folder(folder):
@@ -326,14 +324,12 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of evaluate.py: a run folder, and the flags of a scoring."""
-    parser = argparse.ArgumentParser(
-        description="Score the model of a run folder again, with the folder's settings.",
-        argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Score the model of a run folder again.",
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/mvtec/cable")
     add_flags(parser.add_argument_group("scoring"), fields_of("scoring"))
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--data", metavar="DIR", help="where the run's images lie now, if they "
-                         "have moved")
+    machine.add_argument("--data", metavar="DIR", help="where the run's images have moved to")
     add_flags(machine, [f for f in fields_of("machine")
                         if f.name in ("root", "device", "memory_gb", "eval_batch")])
     return parser

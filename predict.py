@@ -64,7 +64,7 @@ def own_modules():
 
 
 with own_modules():
-    from data import Images, Textures, foreground_masks, preprocess, scale
+    from data import Images, Textures, foreground_masks, preprocess, scale, unscale
     from evaluate import final_maps, image_scores, network_calls, scores_of, synthetic_defects
     from metrics import CalibrationScores, describe_threshold, threshold
     from runs import load_checkpoint, load_model
@@ -296,7 +296,7 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
     size = (right - left, bottom - top)
     whole, restored = np.full((H, W), np.nan, np.float32), image.copy()
     whole[top:bottom, left:right] = Image.fromarray(M_final).resize(size, Image.Resampling.BILINEAR)
-    pixels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = unscale(x_0).round().to(torch.uint8).permute(1, 2, 0).numpy()
     restored[top:bottom, left:right] = Image.fromarray(pixels).resize(size,
                                                                       Image.Resampling.BILINEAR)
     return whole, restored
@@ -576,8 +576,8 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     print(f"{path}: {old_threshold} before, {threshold(scores, s.false_alarms).value:.4f} now")
     needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
     if len(files) + len(training) < needed:
-        print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
-              f"{needed} can")
+        print(f"note: {len(files)} photos and {len(training)} scores of the training cannot promise "
+              f"{100 * s.false_alarms:g} % false alarms; {needed} scores can")
     return Inspector(model.model, model.s, scores)
 
 

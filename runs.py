@@ -13,11 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from baselines import METHODS
 from data import RunData
-from settings import LENGTH, Settings, flag_of, names_of
+from settings import LENGTH, Settings, names_of
 from support import ranks
 from support.console import InputError
 from support.devices import fast_bf16
 from support.files import read_json, save_atomically, save_csv_if_possible
+from support.flags import flag_of
 from support.layouts import FOLDERS
 from support.weights import load_torch, load_weights
 from transfusion import Method
@@ -282,7 +283,7 @@ def load_checkpoint(path: Path) -> tuple[Settings, dict]:
         names = {"images": "held_out", "trained": "training"}
         for new, old in (("calibration", "normal"), ("user_calibration", "calibrated")):
             scores = {names.get(k, k): v for k, v in (state.get(old) or {}).items()}
-            state[new] = scores and {"training": [], "synthetic": [], **scores}
+            state.setdefault(new, scores and {"training": [], "synthetic": [], **scores})
     return Settings(**settings), state
 
 

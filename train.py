@@ -203,7 +203,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         refuse_other_data(folder, find_category(s.data, s.category, root_folder(s.root)))
     if (folder / "metrics.json").exists():
         metrics = read_json(folder / "metrics.json")
-        if metrics.get("step") != 0 and (saved.steps, saved.epochs) == (s.steps, s.epochs):
+        same_length = saved and (saved.steps, saved.epochs) == (s.steps, s.epochs)
+        if same_length and metrics.get("step") != 0:
             print(f"{folder} is finished with these settings: skipped (python evaluate.py {folder} "
                   f"scores it again)")
             return metrics

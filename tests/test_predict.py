@@ -253,7 +253,8 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
     assert predict.main([str(model), "--calibrate", str(photos)]) == 0
     printed = capsys.readouterr().out
     assert "from 8 held-out images" in printed and "no threshold before" in printed
-    assert "8 photos cannot promise 5 % false alarms, 19 can" in printed
+    assert ("8 photos and 0 scores of the training cannot promise 5 % false alarms; 19 scores can"
+            in printed)
     scores = [predict.load(model).inspect(file).score for file in photos.rglob("*.png")]
     assert predict.load(model).threshold.value == pytest.approx(max(scores), rel=1e-5)
     assert predict.main([str(model), str(photos), "--out", str(tmp_path / "o")]) == 0

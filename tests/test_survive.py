@@ -47,12 +47,18 @@ MOMENTS = {"writing": ("last.pt.part", 0),                 # amid a checkpoint
 
 def killing(argv, folder, rng, moment):
     """Start a run and kill it at a moment of MOMENTS; returns whether it was still running then."""
+    def wait_for(name, since):
+        while not newer(folder / name, since):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.001)
+
     awaited, wait = MOMENTS[moment]
     began = time.time_ns()
     process = start(argv)
-    while not newer(folder / awaited, began):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
+    if awaited != "config.json":                  # not the first checkpoint, which is that of step 0
+        wait_for("last.pt", began)
+        began = (folder / "last.pt").stat().st_mtime_ns + 1
+    wait_for(awaited, began)
     time.sleep(rng.uniform(0, wait))
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
