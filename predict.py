@@ -12,11 +12,9 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import glob
 import math
 import os
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -70,8 +68,8 @@ with own_modules():
     from support.console import InputError, exit_status, progress_bar
     from support.devices import pick_device
     from support.files import locked_folder, make_folder, save_atomically, save_csv
-    from support.images import TOO_DARK, decode, open_image, to_rgb
-    from support.layouts import (Category, find_files, find_images, labels_among_images,
+    from support.images import decode, open_image, to_rgb, warn_of_lost_levels
+    from support.layouts import (PICTURES, Category, find_files, find_images, matching_paths,
                                  root_folder, unread_files)
     from support.page import web_page
     from support.pictures import over_grey
@@ -81,7 +79,6 @@ with own_modules():
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
 MAX_PICTURE_SIDE = 2048                 # the longest side of a picture, in pixels
-PICTURES = ("heatmaps", "restored", "maps")
 ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or "
                    "[H, W, 4] of uint8 or uint16, or a list of these")
 
@@ -222,8 +219,7 @@ def as_rgb(image) -> Image.Image:
             type(image).__name__
         raise InputError(f"{kind}: not an image; {ACCEPTED_INPUTS}")
     if array.dtype == np.uint16:
-        if 0 < array.max() < 4096:
-            warnings.warn(TOO_DARK.format("an array"))
+        warn_of_lost_levels(array, "an array")
         array = (array / 257).round().astype(np.uint8)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array).convert("RGB")
 
@@ -246,7 +242,7 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
     H, W, _ = image.shape
     edge = (s.resize - s.crop) / 2 / s.resize
     top, left = round(edge * H), round(edge * W)
-    bottom, right = H - top, W - left
+    bottom, right = max(H - top, top + 1), max(W - left, left + 1)      # of a tiny image a pixel
     size = (right - left, bottom - top)
     whole, restored = np.full((H, W), np.nan, np.float32), image.copy()
     whole[top:bottom, left:right] = Image.fromarray(M_final).resize(size, Image.Resampling.BILINEAR)
@@ -276,12 +272,11 @@ def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
             files = [p for p in find_images(path) if not is_output(p)]
             outputs = [p for p in find_files(path) if is_output(p)
                        or p.name in ("scores.csv", "regions.csv", "index.html")]
-            notes += [unread_files(path, files + outputs), *labels_among_images(files)]
+            notes.append(unread_files(path, files + outputs))
         elif path.exists():
             files = [path]
         else:
-            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))
-                     if Path(p).is_file() and not is_output(Path(p))]
+            files = [p for p in matching_paths(path) if p.is_file() and not is_output(p)]
         if not files:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         photos += files

@@ -449,10 +449,20 @@ def write(root, files):
 
 
 def bolt(path):
-    for place in ("train/good/000", "train/good/001", "test/good/000", "test/cut/000",
-                  "test/cut/001", "ground_truth/cut/000_mask", "ground_truth/cut/001_mask"):
-        save(path / f"{place}.png")
+    for k, place in enumerate(("train/good/000", "train/good/001", "test/good/000", "test/cut/000",
+                               "test/cut/001")):
+        save(path / f"{place}.png", value=9 + k)
+    for name in ("000_mask", "001_mask"):
+        save_mask(path / "ground_truth" / "cut" / f"{name}.png")
     return path
+
+
+def save_mask(path, defect=255, ground=0):
+    """A mask of 16 x 8 pixels of 32 x 24."""
+    mask = np.full((24, 32), ground, np.uint8)
+    mask[8:16, 8:24] = defect
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)
 
 
 def test_check_of_good_data_at_every_level_of_folders(tmp_path, capsys, monkeypatch):
