@@ -184,9 +184,9 @@ def doubts_about_mask(path: Path) -> list[str]:
 def masks_among(paths: list[Path]) -> list[Path]:
     """Those of several images of one name that look like masks of the others; may be [].
 
-    An image looks like a mask if 95 % of its pixels are about black or about as bright as the
-    brightest pixel. If all do, as photos of bright parts before black may, those with less than
-    half as many grey levels as another one are the masks.
+    An image looks like a mask if 95 % of its pixels, and half of those that are not about black,
+    are about black or about as bright as the brightest pixel. If all do, as photos of parts before
+    a lamp may, those with less than half as many grey levels as another one are the masks.
     """
     levels, like_masks = {}, []
     for path in paths:
@@ -196,9 +196,9 @@ def masks_among(paths: list[Path]) -> list[Path]:
             continue                               # named when it is read as a photo
         counts = np.bincount(grey.ravel())
         width = len(counts) // 8
-        near_ends = counts.sum() - counts[width + 1:len(counts) - 1 - width].sum()
+        between = counts[width + 1:len(counts) - 1 - width].sum()
         levels[path] = np.count_nonzero(counts)
-        if near_ends >= 0.95 * counts.sum():
+        if between <= min(0.05 * counts.sum(), 0.5 * counts[width + 1:].sum()):
             like_masks.append(path)
     if len(like_masks) < len(levels):
         return like_masks

@@ -270,13 +270,13 @@ def holds_results(folder: Path) -> bool:
 def unread_files(folder: Path, read: list[Path]) -> str:
     """A note on what is below a folder but not in `read`; "" if there is nothing.
 
-    Files are counted by suffix. Masks and labels, results of this program and folders that cannot
-    be listed are counted, too, and the first of each is named.
+    Files are counted by suffix. Masks and labels, results of this program, and folders that cannot
+    be listed are counted, too, and the first of each kind is named.
     """
     files, closed = search(folder)
     read_files, photos = set(read), {path.with_suffix("") for path in read}
     suffixes: Counter = Counter()
-    labels, results = [], []
+    in_folders, beside, results = [], [], []
     for path in files:
         if path in read_files or path.name.lower() in ("thumbs.db", "desktop.ini"):
             continue
@@ -285,14 +285,16 @@ def unread_files(folder: Path, read: list[Path]) -> str:
             suffixes[path.suffix.lower() or "no suffix"] += 1
         elif holds_results(path.parent):
             results.append(name)
-        elif (in_label_folder(path, folder) or is_label_of_any(path, photos)
-              or path.with_suffix("") in photos):
-            labels.append(name)
+        elif in_label_folder(path, folder):
+            in_folders.append(name)
+        elif is_label_of_any(path, photos) or path.with_suffix("") in photos:
+            beside.append(name)
         else:
             suffixes[path.suffix.lower()] += 1
     counted = [f"{count} {suffix}" for suffix, count in sorted(suffixes.items())]
     counted += [f"{len(names)} {kind} ({names[0]}{' ...' * (len(names) > 1)})" for kind, names in (
-        ("masks or labels", labels), ("results of this program", results),
+        ("in folders of masks or labels", in_folders), ("masks or labels beside photos", beside),
+        ("results of this program", results),
         ("folders that cannot be listed", [str(path.relative_to(folder)) for path in closed]))
         if names]
     return f"{folder}: not read: {', '.join(counted)}" if counted else ""

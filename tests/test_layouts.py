@@ -304,31 +304,33 @@ def test_a_part_with_the_name_of_a_label_is_an_image(bolt):
 
 # ---------------------------------------------------------------- what is a photo
 
-def left_out_and_named(bolt: Path, capsys, *files: Path, kind: str = "masks or labels") -> None:
-    """train.py, --check and predict.py leave out the same files, and name the first of them."""
+def left_out_and_named(bolt: Path, capsys, label: Path) -> None:
+    """train.py, --check and predict.py leave out the same file, and name it."""
     category = read(bolt)
-    photos, photo_notes = predict.find_photos([str(bolt)], bolt.parent / "out")
-    read_files = {*category.train, *(item.path for item in category.test), *photos}
-    assert not read_files & {*files} and {*category.train} <= {*photos}
-    assert {item.path for item in category.test} <= {*photos}
+    photos, photo_notes = predict.find_photos([str(bolt / "train"), str(bolt / "test")],
+                                              bolt.parent / "out")
+    assert {*category.train, *(item.path for item in category.test)} == {*photos}
+    assert label not in photos
     run_notes = data.load_run_data(settings_for(bolt)).notes
     status, out = check(bolt, capsys)
     assert status == 0 and "no faults; read the notes" in out
     for text in ("\n".join(run_notes), out, "\n".join(photo_notes)):
-        assert kind in text and any(path.name in text for path in files), text
+        line = next(line for line in text.splitlines() if "not read: 1 " in line)
+        assert "masks or labels" in line and label.name in line
 
 
 def part_photo(seed: int) -> np.ndarray:
     """A grey part before black: most of its pixels are nearly black, as in a dark field."""
-    photo = np.random.default_rng(seed).integers(0, 12, (32, 32))
-    photo[10:16, 10:16] = np.random.default_rng(seed).integers(60, 250, (6, 6))
+    rng = np.random.default_rng(seed)
+    photo = rng.integers(0, 12, (96, 96))
+    photo[10:30, 10:30] = rng.integers(60, 250, (20, 20))
     return np.stack([photo] * 3, -1).astype(np.uint8)
 
 
 def soft_mask() -> np.ndarray:
     """A mask with grey edges."""
-    mask = np.zeros((32, 32))
-    mask[10:16, 10:16] = 255
+    mask = np.zeros((96, 96))
+    mask[10:40, 10:40] = 255
     return ndimage.gaussian_filter(mask, 0.5).astype(np.uint8)
 
 
@@ -343,7 +345,7 @@ def test_of_two_files_of_one_name_the_mask_is_left_out(bolt, capsys, place, phot
     assert bolt / place / photo in predict.find_photos([str(bolt)], bolt / "out")[0]
 
 
-@pytest.mark.parametrize("mask", [np.zeros((32, 32)), np.full((32, 32), 255), soft_mask() // 200,
+@pytest.mark.parametrize("mask", [np.zeros((96, 96)), np.full((96, 96), 255), soft_mask() // 200,
                                   (soft_mask() > 99) * 255 + 1 * (soft_mask() > 20)])
 def test_masks_of_any_values_are_told_from_the_photo_of_the_same_name(bolt, capsys, mask):
     """Empty, full, of zeros and ones, or with a void label around the defect."""
@@ -356,7 +358,7 @@ def test_the_same_photo_in_two_formats_is_no_mask(bolt):
     for suffix in (".png", ".jpg", ".bmp"):
         png(bolt / f"train/good/7{suffix}", part_photo(7))
         png(bolt / f"train/good/8{suffix}", picture(90))
-    assert len(read(bolt).train) == 10 and not read(bolt).notes
+    assert len(read(bolt).train) == 4 + 6 and not read(bolt).notes
     (bolt / "train/good/8.jpg").write_bytes(b"no image")             # refused when it is read
     assert bolt / "train/good/8.jpg" in read(bolt).train
 
@@ -388,7 +390,8 @@ def test_a_product_may_be_called_mask_and_a_folder_of_labels_may_be_inspected(tm
 def test_a_whole_category_is_inspected_without_its_masks(bolt):
     photos, notes = predict.find_photos([str(bolt)], bolt / "out")
     assert len(photos) == 7 and notes == [
-        f"{bolt}: not read: 2 masks or labels ({Path('ground_truth/cut/000_mask.png')} ...)"]
+        f"{bolt}: not read: 2 in folders of masks or labels "
+        f"({Path('ground_truth/cut/000_mask.png')} ...)"]
 
 
 def test_results_among_the_photos_are_no_photos(bolt, capsys):
@@ -485,7 +488,7 @@ def test_files_that_systems_leave_in_folders_are_not_read(bolt, capsys, place):
     assert read(bolt) == before and check(bolt.parent, capsys) == alone
     assert list_categories(str(bolt.parent), bolt) == ["bolt"]
     photos, notes = predict.find_photos([str(bolt)], bolt / "out")
-    assert len(photos) == 7 and len(notes) == 1 and "2 masks or labels" in notes[0]
+    assert len(photos) == 7 and len(notes) == 1 and "not read: 2 in folders of masks" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["Good", "good ", "GOOD", "OK", "normal", "Normal"])
