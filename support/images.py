@@ -60,7 +60,7 @@ def decode(image: Image.Image, name, is_mask: bool = False) -> Image.Image:
         warned = warn_of_lost_levels(np.asarray(upright), name)
     else:                                          # of 16-bit colours Pillow keeps the upper 8 bits
         warned = is_16_bit and warn_of_lost_levels(
-            256 * np.asarray(upright.convert("RGB"), np.uint16) + 255, name, cut=True)
+            np.maximum(257 * np.asarray(upright.convert("RGB"), np.uint16), 1), name, cut=True)
     if not warned and is_two_valued(upright):
         warnings.warn(LIKE_A_MASK.format(name))
     return upright

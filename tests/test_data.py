@@ -1,5 +1,6 @@
 """Images and masks as tensors, foregrounds, textures, and the split of a run's images."""
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,9 @@ def test_foreground_masks_that_may_be_of_two_images_are_refused(bolt, tmp_path):
     with pytest.raises(InputError, match="001_mask.png: a second foreground mask beside 001.png"):
         data.foreground_masks(images, category, str(folder))
     (folder / "001_mask.png").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                               # masks are no photos
+        data.foreground_masks(images, category, str(folder))
     png(bolt / "train/good/camera2/001.png", picture())
     category = find_category(str(bolt.parent), "bolt", tmp_path)
     with pytest.raises(InputError, match="masks are not known; rename"):

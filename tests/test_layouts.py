@@ -465,11 +465,11 @@ def test_a_folder_whose_names_only_can_be_listed_is_named(bolt, monkeypatch):
 def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
     for name in ("photos [1]/a.png", "photos [1]/[x]/b.png", "photos 1/c.png"):
         png(tmp_path / name, picture())
-    for pattern, names in (("photos [1]/*.png", ["a.png"]), ("photos [1]/**/*.png", ["b.png", "a.png"]),
-                           ("photos [1]/[[]x]/?.png", ["b.png"]), ("photos [0-9]/*.png", ["c.png"]),
-                           ("*/a.png", ["a.png"])):
+    for pattern, names in (("photos [1]/*.png", "a"), ("photos [1]/**/*.png", "ab"),
+                           ("photos [1]/[[]x]/?.png", "b"), ("photos [0-9]/*.png", "c"),
+                           ("*/a.png", "a")):
         photos, _ = predict.find_photos([str(tmp_path / pattern)], tmp_path / "out")
-        assert sorted(p.name for p in photos) == sorted(names), pattern
+        assert sorted(p.stem for p in photos) == list(names), pattern
 
 
 # ---------------------------------------------------------------- folders as people fill them
