@@ -21,9 +21,9 @@ from settings import Settings
 from support import ranks
 from support.console import InputError, progress_bar
 from support.files import read_json, save_json
-from support.images import open_image, read_mask, size_of, to_rgb
-from support.layouts import (Category, Item, find_category, find_images, is_texture,
-                             list_categories, list_images, root_folder)
+from support.images import doubts_about_mask, open_image, read_mask, size_of, to_rgb
+from support.layouts import (Category, Item, describe_copies, find_category, find_images,
+                             is_texture, list_categories, list_images, root_folder)
 
 SCORING_GRID = 256                    # side of the grid on which uncropped images are scored
 
@@ -51,9 +51,9 @@ def unscale(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) + 1) * 127.5
 
 
-def load_image(path: Path, resize: int, crop: int) -> np.ndarray:
+def load_image(path: Path, resize: int, crop: int, is_mask: bool = False) -> np.ndarray:
     """Read and preprocess an image: uint8 [3, crop, crop]. Raises InputError (see `open_image`)."""
-    return preprocess(to_rgb(open_image(path)), resize, crop)
+    return preprocess(to_rgb(open_image(path, is_mask)), resize, crop)
 
 
 def load_mask(item: Item, grid: int, crop: int) -> np.ndarray:
@@ -217,7 +217,8 @@ def foreground_from_folder(images: Images, category: Category, folder: Path) -> 
     if missing:
         raise InputError(f"{folder}: no foreground mask named like {missing[0].name} "
                          f"(nor for {len(missing) - 1} more images)")
-    grey = [load_image(files[p.stem], images.resize, images.crop).max(0) for p in category.train]
+    grey = [load_image(files[p.stem], images.resize, images.crop, is_mask=True).max(0)
+            for p in category.train]
     masks = ndimage.binary_dilation(np.stack(grey)[:, None] > 127, np.ones((1, 1, 5, 5)))
     return torch.from_numpy(masks), f"masks of {folder}, {masks.mean():.0%} of the image"
 
@@ -353,7 +354,8 @@ def load_run_data(s: Settings, training: bool = True, folder: Path | None = None
     notes = [f"{len(train_indices)} normal images to train on, {len(held_out)} held out, "
              f"{len(test)} to test ({(images.bytes + test.bytes) / 1e6:.0f} MB, {where})",
              f"foreground: {foreground_note}", f"textures: {textures.source}",
-             *(f"note: {note}" for note in category.notes), *notes]
+             *(f"note: {note}" for note in category.notes),
+             *(f"warning: {line}" for line in describe_copies(category)), *notes]
     return RunData(category, images, train_indices, held_out, foreground, textures, test, masks,
                    notes)
 
@@ -393,22 +395,29 @@ def select_recorded_images(category: Category, record: dict,
 def describe_ground_truth(items: list[Item], masks: np.ndarray) -> list[str]:
     """A line on how many ground-truth regions remain after the scoring grid and the centre crop.
 
-    A second line lists the mask files that are empty.
+    It also says how much of their images the masks cover. Further lines list the mask files that
+    are empty and those that are probably wrong, such as inverted masks.
     """
-    n_masks, outside, regions, empty = 0, 0, np.zeros(2, int), []
+    shares, outside, regions, empty, doubts = [], 0, np.zeros(2, int), [], []
     for item, mask in zip(items, masks):
         if item.mask:
             full_mask = read_mask(item.mask)
-            n_masks += 1
+            shares.append(full_mask.mean())
+            doubts += doubts_about_mask(item.mask)
             regions += [ndimage.label(part, np.ones((3, 3)))[1] for part in (full_mask, mask)]
             outside += bool(full_mask.any()) and not mask.any()
             if not full_mask.any():
                 empty.append(item.mask)
-    notes = [f"ground truth: {regions[0]} regions in {n_masks} masks, {regions[1]} where they are "
-             f"scored" + (f"; {outside} masks lie outside the crop" if outside else "")]
+    notes = [f"ground truth: {regions[0]} regions in {len(shares)} masks, {regions[1]} where they "
+             f"are scored" + (f"; {outside} masks lie outside the crop" if outside else "")
+             + (f"; {np.mean(shares):.1%} of an image is defect on average" if shares else "")]
     if empty:
         notes.append(f"warning: {len(empty)} masks of defects are empty, so these defects are not "
                      f"scored: {', '.join(map(str, empty[:9]))}")
+    notes += [f"warning: {doubt}" for doubt in doubts[:3]]
+    if len(doubts) > 3:
+        notes.append(f"warning: {len(doubts) - 3} more doubts about masks; tools/download.py "
+                     f"--check lists them")
     return notes
 
 

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,8 +72,8 @@ with own_modules():
     from support.devices import pick_device
     from support.files import (GrowingTable, locked_folder, make_folder, save_atomically,
                                save_float_tiff)
-    from support.images import TOO_DARK, decode, open_image, to_rgb
-    from support.layouts import (Category, find_files, find_images, labels_among_images,
+    from support.images import decode, open_image, to_rgb, warn_of_lost_levels
+    from support.layouts import (PICTURES, Category, find_files, find_images, matching_paths,
                                  root_folder, unread_files)
     from support.page import HighestScores, PageRow, web_page
     from support.pictures import over_grey
@@ -86,7 +85,6 @@ REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
 PART_COLUMNS = ("part", "score", "threshold", "verdict", "photos", "file")
 TABLES = ("scores.csv", "regions.csv", "parts.csv")
 MAX_PICTURE_SIDE = 2048                 # the longest side of a picture, in pixels
-PICTURES = ("heatmaps", "restored", "maps")
 ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or "
                    "[H, W, 4] of uint8 or uint16, or a list of these")
 
@@ -264,8 +262,7 @@ def as_rgb(image) -> Image.Image:
             type(image).__name__
         raise InputError(f"{kind}: not an image; {ACCEPTED_INPUTS}")
     if array.dtype == np.uint16:
-        if 0 < array.max() < 4096:
-            warnings.warn(TOO_DARK.format("an array"))
+        warn_of_lost_levels(array, "an array")
         array = (array / 257).round().astype(np.uint8)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array).convert("RGB")
 
@@ -330,17 +327,16 @@ def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
 
     photos, notes = [], []
     for name in names:
-        path, folder = expand_home(name), folder_of(name)
+        path = expand_home(name)
         if path.is_dir():
             files = [p for p in find_images(path) if not is_output(p)]
             outputs = [p for p in find_files(path) if is_output(p)
                        or p.name in (*TABLES, "index.html")]
-            notes += [unread_files(path, files + outputs), *labels_among_images(files)]
+            notes.append(unread_files(path, files + outputs))
         elif path.exists():
             files = [path]
         else:
-            files = [p for p in sorted(folder.glob(str(path.relative_to(folder))))
-                     if p.is_file() and not p.name.startswith(".") and not is_output(p)]
+            files = [p for p in matching_paths(path) if p.is_file() and not is_output(p)]
         if not files:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         photos += files
@@ -576,8 +572,8 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     print(f"{path}: {old_threshold} before, {threshold(scores, s.false_alarms).value:.4f} now")
     needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
     if len(files) + len(training) < needed:
-        print(f"note: {len(files)} photos and {len(training)} scores of the training cannot promise "
-              f"{100 * s.false_alarms:g} % false alarms; {needed} scores can")
+        print(f"note: {len(files)} photos and {len(training)} scores of the training cannot "
+              f"promise {100 * s.false_alarms:g} % false alarms; {needed} scores can")
     return Inspector(model.model, model.s, scores)
 
 

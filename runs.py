@@ -17,7 +17,7 @@ from settings import LENGTH, Settings, names_of
 from support import ranks
 from support.console import InputError
 from support.devices import fast_bf16
-from support.files import read_json, save_atomically, save_csv_if_possible
+from support.files import folder_name, read_json, save_atomically, save_csv_if_possible
 from support.flags import flag_of
 from support.layouts import FOLDERS
 from support.weights import load_torch, load_weights
@@ -190,7 +190,7 @@ def run_folder(s: Settings) -> Path:
     """
     label = s.data if s.data in FOLDERS else Path(s.data).resolve().name
     method = "" if s.method == Settings.method else s.method
-    return Path(s.out) / label / "-".join(filter(None, (s.category, method, s.name)))
+    return Path(s.out) / label / folder_name("-".join(filter(None, (s.category, method, s.name))))
 
 
 def result_path(folder: Path, s: Settings, trained: Settings, step: int = 0) -> Path:

@@ -158,6 +158,14 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path} cannot be read ({error}); remove it or give --name")
 
 
+def folder_name(name: str) -> str:
+    """The name itself. Raises InputError if it is not the name of a single folder."""
+    if {*"/\\\0"} & {*name} or name in ("", ".", ".."):
+        raise InputError(f"{name!r}: not the name of a folder; --name is a part of it, so it has "
+                         f"no / or \\")
+    return name
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parent folders. Raises InputError if that fails."""
     try:

@@ -1,5 +1,6 @@
 """Images and masks as tensors, foregrounds, textures, and the split of a run's images."""
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ from PIL import Image
 from scipy import ndimage
 
 import data
+import predict
 from helpers import mvtec_tree, picture, png, settings_for
+from settings import Settings
 from support.console import InputError
 from support.layouts import Category, Item, find_category, list_images
 
@@ -102,6 +105,15 @@ def test_images_above_the_limit_are_read_from_disk(tmp_path):
     assert cached[[2, 0]].shape == (2, 3, 8, 8) and int(cached[[2]][0, 0, 0, 0]) == 2
     assert torch.equal(cached[1:3], on_disk[1:3])
     assert torch.equal(cached[[2, 0]], on_disk[[2, 0]])
+
+
+@pytest.mark.parametrize("H, W", [(1, 1), (2, 2), (3, 2), (2, 2048), (8, 5)])
+def test_of_a_tiny_image_at_least_a_pixel_is_inspected(H, W):
+    """Also if the border that is not inspected is wider than the image."""
+    s = Settings(resize=64, crop=16)
+    M, restored = predict.uncrop(np.zeros((H, W, 3), np.uint8), np.ones((16, 16), np.float32),
+                                 torch.ones(3, 16, 16), s)
+    assert M.shape == (H, W) and np.nansum(M) >= 1 and restored.max() == 255
 
 
 # ---------------------------------------------------------------- foregrounds and textures
@@ -199,6 +211,9 @@ def test_foreground_masks_that_may_be_of_two_images_are_refused(bolt, tmp_path):
     with pytest.raises(InputError, match="001_mask.png: a second foreground mask beside 001.png"):
         data.foreground_masks(images, category, str(folder))
     (folder / "001_mask.png").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                               # masks are no photos
+        data.foreground_masks(images, category, str(folder))
     png(bolt / "train/good/camera2/001.png", picture())
     category = find_category(str(bolt.parent), "bolt", tmp_path)
     with pytest.raises(InputError, match="masks are not known; rename"):

@@ -76,11 +76,19 @@ def server(monkeypatch):
     server.server_close()
 
 
-def image_bytes(size=(32, 24), kind="PNG", noise=False):
-    array = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3)) if noise else \
-        np.full((*size[::-1], 3), 90)
+def image_bytes(size=(32, 24), kind="PNG", seed=None):
+    array = np.full((*size[::-1], 3), 90) if seed is None else \
+        np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3))
     file = io.BytesIO()
     Image.fromarray(array.astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def mask_bytes(defect=255, ground=0):
+    """A mask with a defect of 16 x 8 pixels, in an image of 32 x 24."""
+    mask, file = np.full((24, 32), ground, np.uint8), io.BytesIO()
+    mask[8:16, 8:24] = defect
+    Image.fromarray(mask).save(file, "PNG")
     return file.getvalue()
 
 
@@ -114,8 +122,8 @@ def visa_files(name="candle", prefix=""):
             [name, "test", "normal", f"{at}Images/Normal/2.JPG", ""],
             [name, "test", "anomaly", f"{at}Images/Anomaly/0.JPG", f"{at}Masks/Anomaly/0.png"]]
     csv.writer(table).writerows([["object", "split", "label", "image", "mask"], *rows])
-    files = {row[3]: image_bytes(kind="JPEG", noise=True) for row in rows}
-    files |= {rows[3][4]: image_bytes(), "split_csv/1cls.csv": table.getvalue().encode()}
+    files = {row[3]: image_bytes(kind="JPEG", seed=k) for k, row in enumerate(rows)}
+    files |= {rows[3][4]: mask_bytes(), "split_csv/1cls.csv": table.getvalue().encode()}
     return {prefix + name: content for name, content in files.items()}
 
 
@@ -152,7 +160,7 @@ def test_visa_is_fetched_and_readable_at_once(tmp_path, capsys, server, prefix):
     assert list_categories("visa", tmp_path / "data") == ["candle"]
     category = find_category("visa", "candle", tmp_path / "data")
     assert len(category.train) == 2 and [item.label for item in category.test] == [0, 1]
-    assert load_mask(category.test[1], 16, 16).all()
+    assert load_mask(category.test[1], 16, 16).sum() == 8 * 6
 
 
 def test_complete_data_is_left_alone(tmp_path, capsys, server, monkeypatch):
@@ -449,9 +457,10 @@ def write(root, files):
 
 
 def bolt(path):
-    for place in ("train/good/000", "train/good/001", "test/good/000", "test/cut/000",
-                  "test/cut/001", "ground_truth/cut/000_mask", "ground_truth/cut/001_mask"):
-        save(path / f"{place}.png")
+    for k, place in enumerate(("train/good/000", "train/good/001", "test/good/000", "test/cut/000",
+                               "test/cut/001")):
+        save(path / f"{place}.png", value=9 + k)
+    write(path / "ground_truth/cut", {f"{name}_mask.png": mask_bytes() for name in ("000", "001")})
     return path
 
 
@@ -487,6 +496,10 @@ def truncate(place):
     return fault
 
 
+def save_resized(path, size):
+    Image.open(path).resize(size, Image.Resampling.NEAREST).save(path)
+
+
 def empty(path):
     for image in (path / "train" / "good").iterdir():
         image.unlink()
@@ -499,7 +512,7 @@ FAULTS = {
     r"dent.000_mask.png: a mask without its image":
         lambda path: save(path / "ground_truth" / "dent" / "000_mask.png"),
     r"000_mask.png: 30 x 24 pixels, its image 32 x 24":
-        lambda path: save(path / "ground_truth" / "cut" / "000_mask.png", (30, 24)),
+        lambda path: save_resized(path / "ground_truth" / "cut" / "000_mask.png", (30, 24)),
     r"train.good.000.png: cannot be read": truncate("train/good/000.png"),
     r"test.cut.000.png: cannot be read": truncate("test/cut/000.png"),
     r"001_mask.png: cannot be read": truncate("ground_truth/cut/001_mask.png"),

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from support.console import InputError
-from support.files import locked_folder, save_atomically
+from support.files import folder_name, locked_folder, save_atomically
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "..", ".", "", "a\0b"])
+def test_only_the_name_of_a_single_folder_is_taken(name):
+    with pytest.raises(InputError, match="not the name of a folder; --name is a part of it"):
+        folder_name(name)
+    assert folder_name("bolt-try 2..x") == "bolt-try 2..x"
 
 
 def test_a_link_is_followed_and_the_file_behind_it_changes(tmp_path):

@@ -14,7 +14,7 @@ import predict
 from data import load_mask
 from helpers import picture, png
 from support.console import InputError
-from support.images import open_image, read_mask, size_of, to_rgb
+from support.images import doubts_about_mask, open_image, read_mask, size_of, to_rgb
 from support.layouts import Item
 
 T = Image.Transpose
@@ -176,6 +176,61 @@ def test_a_warning_names_values_of_fewer_bits_than_their_file_has(tmp_path, kind
         assert warnings_of(read_mask, image) == []                  # numbers of classes
 
 
+@pytest.mark.parametrize("base, step", [(51200, 4), (32268, 4), (60000, 1), (4000, 2)])
+@pytest.mark.parametrize("kind", ["part.png", "part.tif", "floats.tif", "an array", "colours.tif"])
+def test_a_photo_that_loses_its_grey_levels_is_named(tmp_path, kind, base, step):
+    """As of a thermal camera, whose counts lie in a narrow band; with faulty pixels."""
+    values = (base + step * (GREY // 16)).astype(np.uint16)             # 256 grey levels
+    values[0, :2] = 0, 65535
+    image = tmp_path / kind
+    if kind == "an array":
+        image = values
+    elif kind == "floats.tif":
+        Image.fromarray((values / 65535).astype(np.float32)).save(image)
+    elif kind == "colours.tif":
+        tiff(image, np.stack([values] * 3, -1))
+    else:
+        Image.fromarray(values).save(image)
+    lines = warnings_of(predict.as_rgb, image)
+    left = len(np.unique((values[1:] // 256 if kind == "colours.tif" else
+                          (values[1:] / 257).round())))
+    number = f"{left} grey" if kind == "colours.tif" else f"{left} of 256 grey"
+    assert len(lines) == 1 and f"{kind}: only the upper 8 of 16 bits" in lines[0]
+    assert f"so {number} levels are left; stretch the values of all photos" in lines[0]
+    assert kind == "an array" or warnings_of(read_mask, image) == []
+
+
+@pytest.mark.parametrize("values", [GREY * 16, GREY // 16 * 257, 30000 + GREY // 100 * 257,
+                                    20000 + GREY * 8, np.full((64, 64), 40000)])
+def test_photos_that_keep_their_grey_levels_are_not_named(tmp_path, values):
+    """All of the range; 8-bit values in 16 bits, of low contrast, too; half of the range; a plain
+    surface."""
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "part.png")
+    assert warnings_of(open_image, tmp_path / "part.png") == []
+
+
+@pytest.mark.parametrize("values, named", [
+    ([0, 255], True), ([0, 1], True), ([0, 128], True), ([255, 20], True), ([0], True),
+    ([255], True), ([9, 200], False), ([90], False), ([0, 1, 2], False), ([0, 254, 255], False)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "1", "I;16"])
+def test_pictures_of_two_grey_values_are_named_among_photos(tmp_path, mode, values, named):
+    grey = np.resize(np.array(values, np.uint8), (8, 9))
+    image = Image.fromarray(grey).convert(mode) if mode != "I;16" else \
+        Image.fromarray(np.where(grey == 255, 65535, grey * np.uint16(250)))
+    image.save(tmp_path / "part.png")
+    lines = [line for line in warnings_of(open_image, tmp_path / "part.png")
+             if "nearly black" not in line]
+    named |= mode == "1"
+    assert len(lines) == (named and not (mode == "I;16" and values == [0, 1]))
+    assert all("part.png: at most two grey values, like a mask rather" in line for line in lines)
+    assert warnings_of(read_mask, tmp_path / "part.png") == []
+
+
+def test_a_picture_of_two_colours_is_a_photo(tmp_path):
+    png(tmp_path / "part.png", np.where(GREY[..., None] % 2, (0, 0, 0), (200, 30, 30)))
+    assert warnings_of(open_image, tmp_path / "part.png") == []
+
+
 @pytest.mark.parametrize("kind", ["two.tif", "two.webp", "two.png"])
 def test_of_several_pages_the_first_is_read_and_the_others_are_mentioned(tmp_path, kind):
     first, second = (Image.fromarray(picture(value).astype(np.uint8)) for value in (50, 200))
@@ -242,6 +297,68 @@ def test_noise_in_the_background_of_a_mask_is_no_defect(tmp_path):
     noise = np.random.default_rng(0).integers(0, 6, drawn_mask().shape)
     png(tmp_path / "mask.png", np.maximum(drawn_mask(), noise))
     assert np.array_equal(read_mask(tmp_path / "mask.png"), drawn_mask() > 0)
+
+
+def one_bit_tiff(path: Path, mask: np.ndarray, photometric: int, software: bytes) -> Path:
+    """A TIFF of one bit a pixel. tifffile writes a bool array with photometric 0 (white is zero),
+    without BitsPerSample, and with its own name as the software."""
+    bits = np.packbits(mask, axis=1).tobytes()
+    values = {256: mask.shape[1], 257: mask.shape[0], 259: 1, 262: photometric, 273: 0, 277: 1,
+              278: mask.shape[0], 279: len(bits)}
+    start = 8 + 2 + 12 * (len(values) + bool(software)) + 4
+    values[273] = start + len(software)
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items()]
+    if software:
+        entries.append(struct.pack("<HHII", 305, 2, len(software), start))
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+                     + software + bits)
+    return path
+
+
+@pytest.mark.parametrize("photometric, software, inverted", [
+    (0, b"tifffile.py\0", False), (1, b"tifffile.py\0", False), (1, b"", False),
+    (0, b"", True), (0, b"a scanner\0", True)])
+def test_a_bool_mask_of_tifffile_is_read_as_it_was_written(tmp_path, photometric, software,
+                                                          inverted):
+    """By the standard its file shows the negative, as a fax shows black ink for ones."""
+    mask = drawn_mask() > 0
+    path = one_bit_tiff(tmp_path / "mask.tif", mask, photometric, software)
+    assert np.array_equal(read_mask(path), ~mask if inverted else mask)
+    assert np.array_equal(np.asarray(to_rgb(open_image(path)))[..., 0] > 0,
+                          ~mask if inverted else mask)
+
+
+@pytest.mark.parametrize("compression", [None, "group3", "group4", "tiff_lzw", "packbits"])
+def test_a_bool_mask_of_pillow_is_read_as_it_was_written(tmp_path, compression):
+    mask = drawn_mask() > 0
+    Image.fromarray(mask).save(tmp_path / "mask.tif", compression=compression)
+    assert np.array_equal(read_mask(tmp_path / "mask.tif"), mask)
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({}, []), ({255: 1.0}, ["covers 100.0%"]), ({255: 0.6}, ["covers 60.0%"]), ({255: 0.4}, []),
+    ({1: 0.1, 255: 0.1}, ["holds the values 1, 255 besides black; those above 25.5 count"]),
+    ({100: 0.1, 200: 0.7}, ["covers 80.0%", "holds the values 100, 200"]),
+    ({value: 0.02 for value in range(1, 7)}, [])])
+def test_doubts_about_a_mask(tmp_path, values, expected):
+    """Values of rows of the mask, and the share of each in all rows."""
+    mask, row = np.zeros((100, 20)), 0
+    for value, share in values.items():
+        mask[row:row + round(100 * share)] = value
+        row += round(100 * share)
+    mask[-1] = mask[0] if sum(values.values()) > 0.5 else 0              # touches all edges, or not
+    png(tmp_path / "mask.png", mask)
+    doubts = doubts_about_mask(tmp_path / "mask.png")
+    assert len(doubts) == len(expected)
+    for doubt, text in zip(doubts, expected):
+        assert doubt.startswith(f"{tmp_path / 'mask.png'}: ") and text.split("0.0%")[0] in doubt
+
+
+def test_a_large_defect_inside_the_image_is_no_inverted_mask(tmp_path):
+    mask = np.full((50, 50), 255)
+    mask[:, 0] = 0
+    png(tmp_path / "mask.png", mask)
+    assert doubts_about_mask(tmp_path / "mask.png") == []
 
 
 @pytest.mark.parametrize("value", [1, 3, 127, 128, 255])

@@ -2,6 +2,7 @@
 and systems fill them."""
 import csv
 import dataclasses
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 import data
 import demo
@@ -123,6 +125,14 @@ def test_visa_without_its_table_or_with_a_wrong_one_is_refused(tmp_path):
         find_category("visa", "candle", tmp_path)
 
 
+def test_a_table_that_excel_has_saved_is_read(tmp_path):
+    """Excel begins a file in UTF-8 with a byte order mark."""
+    visa_tree(tmp_path, visa_rows())
+    table = tmp_path / "split_csv" / "1cls.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    assert len(find_category("visa", "candle", tmp_path).train) == 2
+
+
 def test_visa_without_a_mask_keeps_the_image_and_names_the_fault(tmp_path):
     visa_tree(tmp_path, visa_rows())
     mask = tmp_path / "candle" / "Data" / "Masks" / "Anomaly" / "0.png"
@@ -156,6 +166,29 @@ def test_an_unknown_category_is_refused_with_the_nearest(tmp_path):
         find_category("mvtec", "cabel", tmp_path)
     with pytest.raises(InputError, match="'wood' in mvtec is not there; there are: cable"):
         find_category("mvtec", "wood", tmp_path)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_an_own_part_among_the_folders_of_a_data_set_is_named_with_its_flags(tmp_path, monkeypatch,
+                                                                            published):
+    mvtec_tree(tmp_path / "data/mvtec/bolt")
+    if published:
+        mvtec_tree(tmp_path / "data/mvtec/bottle")
+    monkeypatch.chdir(tmp_path)
+    for root, flag in (("data", Path("data/mvtec")), (".", "./data"), ("data/mvtec", None),
+                       (tmp_path / "data", tmp_path / "data/mvtec")):
+        flag = flag or Path("data/mvtec")
+        if root == ".":                                     # in a folder called like the data set
+            monkeypatch.chdir(tmp_path / "data")
+            flag = "./mvtec"
+        with pytest.raises(InputError, match="bolt is not a category of mvtec") as refusal:
+            find_category("mvtec", "bolt", Path(root))
+        assert f"--data {flag} --category bolt" in str(refusal.value)
+        assert len(find_category(str(flag), "bolt", Path(root)).train) == 4
+        monkeypatch.chdir(tmp_path)
+    if not published:
+        with pytest.raises(InputError, match="data/mvtec holds bolt: --data data/mvtec trains on"):
+            list_categories("mvtec", Path("data"))
 
 
 def test_a_category_without_training_images_is_refused(tmp_path):
@@ -216,25 +249,227 @@ def test_empty_masks_are_named_by_the_training_and_by_the_check(bolt, capsys, na
     assert status == 0 and f"note: {folder / name}: empty" in out and "000_mask" not in out
 
 
+def test_images_of_the_training_in_the_test_set_are_named(bolt, capsys):
+    """By their bytes, whatever their names; 000 and 001 are as large, but others."""
+    shutil.copy(bolt / "train/good/002.png", bolt / "test/good/009.png")
+    shutil.copy(bolt / "train/good/003.png", bolt / "test/good/010.png")
+    png(bolt / "test/good/011.png", picture(7))
+    line = (f"2 test images are training images, too, so the scores are too good: "
+            f"{bolt / 'test/good/009.png'} is {bolt / 'train/good/002.png'} ...")
+    assert f"warning: {line}" in data.load_run_data(settings_for(bolt)).notes
+    assert f"note: {line}" in check(bolt, capsys)[1]
+
+
+@pytest.mark.parametrize("doubt, ground, defect", [
+    ("covers 98.4% of its image and touches all four edges; is it inverted?", 255, 0),
+    ("covers 98.4% of its image", 1, 0), ("covers 100.0% of its image", 255, 255),
+    ("holds the values 1, 255 besides black; those above 25.5 count as defect", 0, 1)])
+def test_masks_that_are_probably_wrong_are_named(bolt, capsys, doubt, ground, defect):
+    mask = np.full((32, 32), ground)
+    mask[4:8, 4:8] = defect
+    if defect == 1:
+        mask[3, 4:8] = 255                                          # void beside a class
+    for name in ("000_mask.png", "001_mask.png"):
+        png(bolt / "ground_truth/cut" / name, mask)
+    notes = data.load_run_data(settings_for(bolt)).notes
+    for text in ("\n".join(notes), check(bolt, capsys)[1]):
+        for name in ("000_mask.png", "001_mask.png"):
+            assert f"{bolt / 'ground_truth/cut' / name}: {doubt}" in text
+
+
+def test_of_many_doubtful_masks_the_training_names_three(bolt, capsys):
+    for k in range(6):
+        png(bolt / f"test/cut/{k:03}.png", picture(20 + k))
+        png(bolt / f"ground_truth/cut/{k:03}_mask.png", np.full((32, 32), 255))
+    notes = [n for n in data.load_run_data(settings_for(bolt)).notes if n.startswith("warning")]
+    assert len(notes) == 4 and "3 more doubts about masks; tools/download.py --check" in notes[3]
+    assert check(bolt, capsys)[1].count("is it inverted") == 6
+
+
 @pytest.mark.parametrize("name", ["{}_GT.png", "{}_mask.png", "{}-label.bmp", "{}_seg.png",
                                   "{}_masks.png", "mask_{}.png", "GT-{}.png"])
 @pytest.mark.parametrize("place", ["train/good", "test/good", "test/cut"])
-def test_labels_among_the_images_are_refused_by_name(bolt, tmp_path, capsys, place, name):
+def test_labels_among_the_images_are_left_out_by_name(bolt, capsys, place, name):
     image = sorted((bolt / place).iterdir())[0]
     label = bolt / place / name.format(image.stem)
     png(label, np.zeros((32, 32)))
-    with pytest.raises(InputError, match=f"{label.name}: looks like the label of the image beside"):
-        read(bolt)
-    status, out = check(bolt, capsys)
-    assert status == 1 and label.name in out
-    notes = predict.find_photos([str(bolt / place)], tmp_path / "out")[1]
-    assert len(notes) == 1 and label.name in notes[0]
+    left_out_and_named(bolt, capsys, label)
 
 
 def test_a_part_with_the_name_of_a_label_is_an_image(bolt):
     for name in ("black_mask.png", "mask_7.png", "_mask.png", "gt-.png"):    # no image beside it
         png(bolt / "train/good" / name, picture())
     assert len(read(bolt).train) == 8
+
+
+# ---------------------------------------------------------------- what is a photo
+
+def left_out_and_named(bolt: Path, capsys, label: Path) -> None:
+    """train.py, --check and predict.py leave out the same file, and name it."""
+    category = read(bolt)
+    photos, photo_notes = predict.find_photos([str(bolt / "train"), str(bolt / "test")],
+                                              bolt.parent / "out")
+    assert {*category.train, *(item.path for item in category.test)} == {*photos}
+    assert label not in photos
+    run_notes = data.load_run_data(settings_for(bolt)).notes
+    status, out = check(bolt, capsys)
+    assert status == 0 and "no faults; read the notes" in out
+    for text in ("\n".join(run_notes), out, "\n".join(photo_notes)):
+        line = next(line for line in text.splitlines() if "not read: 1 " in line)
+        assert "masks or labels" in line and label.name in line
+
+
+def part_photo(seed: int) -> np.ndarray:
+    """A grey part before black: most of its pixels are nearly black, as in a dark field."""
+    rng = np.random.default_rng(seed)
+    photo = rng.integers(0, 12, (96, 96))
+    photo[10:30, 10:30] = rng.integers(60, 250, (20, 20))
+    return np.stack([photo] * 3, -1).astype(np.uint8)
+
+
+def soft_mask() -> np.ndarray:
+    """A mask with grey edges."""
+    mask = np.zeros((96, 96))
+    mask[10:40, 10:40] = 255
+    return ndimage.gaussian_filter(mask, 0.5).astype(np.uint8)
+
+
+@pytest.mark.parametrize("place", ["train/good", "test/good", "test/cut", "test/cut/camera2"])
+@pytest.mark.parametrize("photo, mask", [("7.jpg", "7.png"), ("7.png", "7.jpg"), ("7.JPG", "7.bmp"),
+                                         ("7.tif", "7.webp"), ("7.bmp", "7.PNG")])
+def test_of_two_files_of_one_name_the_mask_is_left_out(bolt, capsys, place, photo, mask):
+    shutil.rmtree(bolt / "ground_truth")
+    png(bolt / place / photo, part_photo(7))
+    png(bolt / place / mask, soft_mask())
+    left_out_and_named(bolt, capsys, bolt / place / mask)
+    assert bolt / place / photo in predict.find_photos([str(bolt)], bolt / "out")[0]
+
+
+@pytest.mark.parametrize("mask", [np.zeros((96, 96)), np.full((96, 96), 255), soft_mask() // 200,
+                                  (soft_mask() > 99) * 255 + 1 * (soft_mask() > 20)])
+def test_masks_of_any_values_are_told_from_the_photo_of_the_same_name(bolt, capsys, mask):
+    """Empty, full, of zeros and ones, or with a void label around the defect."""
+    png(bolt / "train/good/7.bmp", part_photo(7))
+    png(bolt / "train/good/7.png", mask)
+    left_out_and_named(bolt, capsys, bolt / "train/good/7.png")
+
+
+def test_the_same_photo_in_two_formats_is_no_mask(bolt):
+    for suffix in (".png", ".jpg", ".bmp"):
+        png(bolt / f"train/good/7{suffix}", part_photo(7))
+        png(bolt / f"train/good/8{suffix}", picture(90))
+    assert len(read(bolt).train) == 4 + 6 and not read(bolt).notes
+    (bolt / "train/good/8.jpg").write_bytes(b"no image")             # refused when it is read
+    assert bolt / "train/good/8.jpg" in read(bolt).train
+
+
+@pytest.mark.parametrize("folder", ["gt", "GT", "mask", "Masks", "label", "labels", "ground_truth",
+                                    "GroundTruth", "ground truth"])
+@pytest.mark.parametrize("place", ["train/good/{}", "train/good/camera2/{}", "test/cut/{}/x",
+                                   "test/good/{}", "test/{}/cut"])
+def test_folders_of_labels_hold_no_photos(bolt, capsys, folder, place):
+    label = bolt / place.format(folder) / "000.png"
+    png(label, np.zeros((32, 32)))
+    left_out_and_named(bolt, capsys, label)
+
+
+def test_a_kind_of_defect_with_masks_of_its_own_may_be_called_label(bolt):
+    for folder in ("test/cut", "ground_truth/cut"):
+        (bolt / folder).rename(bolt / folder.replace("cut", "label"))
+    assert [item.defect for item in read(bolt).test] == ["good", "label", "label"]
+
+
+def test_a_product_may_be_called_mask_and_a_folder_of_labels_may_be_inspected(tmp_path):
+    mvtec_tree(tmp_path / "parts/mask")
+    assert len(find_category(str(tmp_path / "parts"), "mask", tmp_path).train) == 4
+    labels = tmp_path / "parts/mask/ground_truth"
+    photos, notes = predict.find_photos([str(labels)], tmp_path / "out")
+    assert [p.name for p in photos] == ["000_mask.png", "001_mask.png"] and not notes
+
+
+def test_a_whole_category_is_inspected_without_its_masks(bolt):
+    photos, notes = predict.find_photos([str(bolt)], bolt / "out")
+    assert len(photos) == 7 and notes == [
+        f"{bolt}: not read: 2 in folders of masks or labels "
+        f"({Path('ground_truth/cut/000_mask.png')} ...)"]
+
+
+def test_results_among_the_photos_are_no_photos(bolt, capsys):
+    """Of predict.py, and of a training whose run folder is there."""
+    found = bolt / "test/cut/found"
+    png(found / "heatmaps/000.png.png", picture())
+    (found / "regions.csv").touch()
+    png(bolt / "train/good/runs/bolt/qualitative.png", picture())
+    (bolt / "train/good/runs/bolt/last.pt").touch()
+    category = read(bolt)
+    assert len(category.train) == 4 and len(category.test) == 3
+    status, out = check(bolt, capsys)
+    for text in ("\n".join(category.notes), out):
+        assert f"1 results of this program ({Path('runs/bolt/qualitative.png')}" in text.replace(
+            "good/", "") and "000.png.png" in text
+    photos, notes = predict.find_photos([str(bolt)], bolt.parent / "out")
+    assert len(photos) == 7 and "qualitative.png" in notes[0]
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Folders called `closed` cannot be listed, not even by root."""
+    iterdir = Path.iterdir
+
+    def refuse(folder):
+        if folder.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+
+
+@pytest.mark.parametrize("place", ["test", "train/good", "test/cut", "ground_truth/cut", "train"])
+def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_goes_on(bolt, capsys, closed, place):
+    (bolt / place / "closed").mkdir()
+    with pytest.raises(InputError, match="closed: cannot be listed .Permission denied.; permit it"):
+        read(bolt)
+    status, out = check(bolt.parent, capsys)
+    assert status == 1 and out.splitlines()[1].split()[:5] == ["bolt", "4", "1", "2", "2"]
+    assert f"{bolt / place / 'closed'}: cannot be listed" in out and out.endswith("faults: 1\n")
+    photos, notes = predict.find_photos([str(bolt)], bolt / "out")
+    assert len(photos) == 7
+    assert f"1 folders that cannot be listed ({Path(place) / 'closed'})" in notes[0]
+
+
+def test_a_folder_or_category_that_cannot_be_listed_is_one_line(bolt, capsys, closed):
+    (bolt.parent / "closed").mkdir()
+    with pytest.raises(InputError, match="closed: cannot be listed"):
+        predict.find_photos([str(bolt.parent / "closed")], bolt / "out")
+    assert list_categories(str(bolt.parent), bolt) == ["bolt"]
+    status, out = check(bolt.parent, capsys)
+    assert status == 1 and out.endswith("faults: 1\n") and "closed: cannot be listed" in out
+    (bolt / "closed").mkdir()                                       # not a folder that is read
+    assert len(read(bolt).train) == 4 and "not read: closed" in read(bolt).notes[0]
+
+
+def test_a_folder_whose_names_only_can_be_listed_is_named(bolt, monkeypatch):
+    is_dir = Path.is_dir
+
+    def refuse(path):
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_dir(path)
+
+    png(bolt / "test/cut/closed/9.png", picture())
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    photos, notes = predict.find_photos([str(bolt / "test")], bolt / "out")
+    assert len(photos) == 3 and f"({Path('cut/closed')})" in notes[0]
+
+
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+    for name in ("photos [1]/a.png", "photos [1]/[x]/b.png", "photos 1/c.png"):
+        png(tmp_path / name, picture())
+    for pattern, names in (("photos [1]/*.png", "a"), ("photos [1]/**/*.png", "ab"),
+                           ("photos [1]/[[]x]/?.png", "b"), ("photos [0-9]/*.png", "c"),
+                           ("*/a.png", "a")):
+        photos, _ = predict.find_photos([str(tmp_path / pattern)], tmp_path / "out")
+        assert sorted(p.stem for p in photos) == list(names), pattern
 
 
 # ---------------------------------------------------------------- folders as people fill them
@@ -253,7 +488,7 @@ def test_files_that_systems_leave_in_folders_are_not_read(bolt, capsys, place):
     assert read(bolt) == before and check(bolt.parent, capsys) == alone
     assert list_categories(str(bolt.parent), bolt) == ["bolt"]
     photos, notes = predict.find_photos([str(bolt)], bolt / "out")
-    assert len(photos) == 9 and not notes                           # with two masks
+    assert len(photos) == 7 and len(notes) == 1 and "not read: 2 in folders of masks" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["Good", "good ", "GOOD", "OK", "normal", "Normal"])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one fol
 from support import layouts
 from support.console import InputError, exit_status, progress_bar
 from support.files import file_lock
-from support.images import open_image, read_mask
+from support.images import doubts_about_mask, open_image, read_mask
 from support.layouts import Category
 
 ATTEMPTS = 5                    # requests in one call
@@ -265,9 +265,10 @@ def listing(path: Path) -> Category:
     """
     try:
         category = layouts.read_category("", path.name, path, annotated=is_published(path))
+        masks = {mask for folder in path.glob("Data/Masks/*")
+                 for mask in layouts.list_images(folder)}
     except InputError as error:
         return Category("", path.name, path, [], faults=[str(error)])
-    masks = {mask for folder in path.glob("Data/Masks/*") for mask in layouts.list_images(folder)}
     category.faults.extend(f"{mask}: a mask without its image"
                            for mask in sorted(masks - {item.mask for item in category.test}))
     counts = "/".join(map(str, counts_of(category)))
@@ -309,8 +310,8 @@ def check(folder: Path) -> int:
     print(f"{'category':{width}}   train  test good  defective  masks  width x height")
     for name, path in zip(names, paths):
         category = listing(path)
-        sizes, empty_masks = check_images(category, name)
-        notes += empty_masks + category.notes
+        sizes, doubts = check_images(category, name)
+        notes += doubts + category.notes
         # VisA's table belongs to all of its categories, and so do its faults
         all_faults += [fault for fault in category.faults if fault not in all_faults]
         spans = [f"{min(s)}-{max(s)}" if min(s) < max(s) else str(min(s)) for s in zip(*sizes)]
@@ -319,14 +320,16 @@ def check(folder: Path) -> int:
         print(f"{name:{width}}  {train:6}  {good:9}  {defective:9}  {masks:5}  "
               f"{' x '.join(spans)}")
     print("\n".join(["", *(f"note: {note}" for note in notes), *all_faults,
-                     f"faults: {len(all_faults)}" if all_faults else "nothing is wrong"]))
+                     f"faults: {len(all_faults)}" if all_faults else
+                     "no faults; read the notes" if notes else "nothing is wrong"]))
     return 1 if all_faults else 0
 
 
 def check_images(category: Category, name: str) -> tuple[set[tuple[int, int]], list[str]]:
     """Decode every image and mask of a category, and add what is wrong with them to its faults.
 
-    Returns the sizes of the images, (width, height), and a note for each mask that is empty.
+    Returns the sizes of the images, (width, height), and a note for each mask that is empty or
+    probably wrong, and on training images that are test images, too.
     """
     sizes, notes, faults = set(), [], category.faults
     pairs = [(image, None) for image in category.train] + [(item.path, item.mask)
@@ -336,19 +339,30 @@ def check_images(category: Category, name: str) -> tuple[set[tuple[int, int]], l
         mask_size = read_size(mask, faults, is_mask=True) if mask else None
         if mask_size and not read_mask(mask).any():
             notes.append(f"{mask}: empty, so what is defective in {image.name} is not scored")
+        if mask_size:
+            notes += doubts_about_mask(mask)
         if size:
             sizes.add(size)
         if size and mask_size and size != mask_size:
             faults.append(f"{mask}: {mask_size[0]} x {mask_size[1]} pixels, its image "
                           f"{size[0]} x {size[1]}")
+    with contextlib.suppress(OSError):                      # a file that is among the faults
+        notes += layouts.describe_copies(category)
     return sizes, notes
 
 
 def find_categories(folder: Path, depth: int) -> list[Path]:
-    """The folder itself, or those folders below it, that are categories or look like one."""
-    if layouts.is_category(folder) or (folder / "test").is_dir():
+    """The folder itself, or those folders below it, that are categories or look like one.
+
+    A folder that cannot be listed is among them, so that it is named as a fault.
+    """
+    if layouts.is_category(folder) or os.path.isdir(folder / "test"):
         return [folder]
-    folders = [path for path in layouts.visible(folder) if path.is_dir() and path.suffix != ".part"]
+    try:
+        folders = [path for path in layouts.visible(folder)
+                   if path.is_dir() and path.suffix != ".part"]
+    except (InputError, OSError):
+        return [folder]
     return [category for path in folders for category in find_categories(path, depth - 1)] \
         if depth else []
 
