@@ -1,11 +1,13 @@
-"""tools/score_maps.py: maps of any method are scored as a run's are; notebooks/others.py."""
+"""Maps of other methods: tools/score_maps.py, tools/anomalib_maps.py, notebooks/others.py."""
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import anomalib_maps
 import data
 import evaluate
 import others
@@ -13,6 +15,7 @@ import predict
 import score_maps
 from helpers import mvtec_tree, picture, png, refused, rows_of
 from settings import Settings
+from support.console import InputError
 from support.files import save_json
 from support.images import read_mask
 from support.layouts import find_category
@@ -351,3 +354,74 @@ def test_the_notebooks_take_rows_and_maps(bolt, tmp_path, capsys):
     assert list(maps) == ["best", "worse"] and "broken: not shown" in capsys.readouterr().out
     assert maps["worse"].M_final.shape == (3, 224, 224)
     assert maps["worse"].scores.tolist() == [1, 1, 0.5]
+
+
+# ---------------------------------------------------------------- tools/anomalib_maps.py
+
+def test_without_anomalib_one_line_says_how_to_get_it(bolt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "anomalib", None)
+    refused(capsys, ["--model", "Padim", "--data", str(bolt.parent), "--category", "bolt", "--out",
+                     str(tmp_path / "maps")], "anomalib is not installed", "pip install",
+            command=anomalib_maps.main)
+    refused(capsys, ["--model", "Padim", "--out", "x", "--epochs", "-1"], "--epochs -1",
+            command=anomalib_maps.main)
+    refused(capsys, ["--model", "Padim", "--out", "x", "--set", "backbone"], "NAME=VALUE",
+            command=anomalib_maps.main)
+
+
+def test_the_training_images_are_those_of_the_run(factory, tmp_path):
+    run = tmp_path / "runs/parts/bolt"
+    category, side = score_maps.find_run_category(run)
+    record = json.loads((run / "data.json").read_text())
+    train, held_out = anomalib_maps.normal_images(run, category)
+    assert side == 256 and len(train) == 11 and len(held_out) == 1
+    assert [data.name_in(category, path) for path in train] == record["train"]
+    assert anomalib_maps.normal_images(None, category) == (category.train, [])
+    photos = anomalib_maps.Photos(train, None)
+    assert photos.image(0).shape == (3, 40, 40) and 0.3 < photos.image(0).mean() < 0.5
+    with pytest.raises(InputError, match="missing"):
+        anomalib_maps.normal_images(run, dataclasses.replace(category, train=train))
+
+
+def test_the_length_of_a_training():
+    epochs_of = anomalib_maps.epochs_of
+    assert epochs_of("Padim", 0, 0, 72, 32, {"max_epochs": 1}) == 1
+    assert epochs_of("ReverseDistillation", 0, 0, 72, 16, {}) == 200         # the paper's
+    assert epochs_of("EfficientAd", 0, 0, 72, 1, {}) == 973                  # 70000 steps
+    assert epochs_of("EfficientAd", 0, 100, 72, 1, {}) == 2 and epochs_of("Cfa", 3, 0, 9, 4, {}) == 3
+    for name, epochs, own, expected in (("Padim", 2, {"max_epochs": 1}, "always trains for 1"),
+                                        ("Cfa", 0, {}, "give --epochs or --steps")):
+        with pytest.raises(InputError, match=expected):
+            epochs_of(name, epochs, 0, 72, 32, own)
+    assert anomalib_maps.option("layers=['layer1']") == ("layers", ["layer1"])
+    assert anomalib_maps.option("backbone=resnet18") == ("backbone", "resnet18")
+
+
+@pytest.mark.slow
+def test_a_model_of_anomalib_is_trained_and_scored(demo_root, factory, tmp_path, capsys):
+    """Padim with random weights, which needs no network: on the demo, then on a run's own split."""
+    pytest.importorskip("anomalib")
+    out = tmp_path / "maps"
+    base = ["--data", "demo", "--category", "fabric", "--root", str(demo_root)]
+    argv = ["--model", "Padim", "--no-pre-trained", "--size", "128", "--device", "cpu"]
+    assert anomalib_maps.main([*argv, *base, "--out", str(out)]) == 0
+    home = out / "fabric"
+    for more in ([], ["--scores", str(home / "scores.csv")]):
+        assert score_maps.main([str(out), *base, *more]) == 0
+        row = json.loads((home / "metrics.json").read_text())
+        assert row["image_auroc"] > 0.7 and row["aupro"] > 0.7, row          # 0.85 and 0.85 at 256
+        assert row["method"] == "Padim" and row["training_images"] == 80
+        assert row["map_size"] == "128 x 128" and row["pre_trained"] is False
+    with Image.open(home / "test/hole/000.tiff") as M:
+        assert np.array(M).max() > 2                    # a distance, not anomalib's 0 to 1
+    run = tmp_path / "runs/parts/bolt"
+    assert anomalib_maps.main([*argv, "--run", str(run), "--out", str(out)]) == 0
+    assert score_maps.main([str(out), "--run", str(run)]) == 0
+    row = json.loads((out / "bolt/metrics.json").read_text())
+    assert (row["training_images"], row["validation"]) == (11, "1 held out")
+    capsys.readouterr()
+    for more, expected in ((["--model", "Padin"], "did you mean Padim?"),
+                           (["--model", "Padim", "--set", "depth=3"], "--set depth: Padim has"),
+                           (["--model", "Padim", "--epochs", "3"], "Padim always trains for 1"),
+                           (["--model", "Draem", "--pre-trained"], "no such choice")):
+        refused(capsys, [*base, "--out", str(out), *more], expected, command=anomalib_maps.main)

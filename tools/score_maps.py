@@ -84,8 +84,8 @@ def read_tiff(path: Path) -> np.ndarray:
             mode, pages = image.mode, getattr(image, "n_frames", 1)
             M = np.array(image) if mode == "F" and pages == 1 else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a float32 TIFF ({error}); float16 and "
-                         f"compressed ones may be the reason")
+        raise InputError(f"{path}: cannot be read as a float32 TIFF ({error}); of float64 and "
+                         f"float16 only .npy is read: np.save(path, M)")
     if M is None:
         kind = f"{pages} pages" if pages > 1 else \
             {"L": "8-bit grey", "1": "1-bit", "P": "a palette"}.get(mode, f"Pillow mode {mode}")
