@@ -260,9 +260,8 @@ def option(text: str) -> tuple[str, object]:
         return name, value
 
 
-@exit_status
-def main(argv: list[str] | None = None) -> None:
-    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = argparse.ArgumentParser(
         description="Write the anomaly maps of a model of anomalib, trained on a category.")
     parser.add_argument("--model", required=True, help="Padim, Patchcore, ReverseDistillation, "
@@ -289,7 +288,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--set", dest="options", type=option, action="append", default=[],
                         metavar="NAME=VALUE", help="an argument of the model in anomalib")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    flags = command_line().parse_args(argv)
     for name in ("epochs", "steps", "batch"):
         if getattr(flags, name) < 0:
             raise InputError(f"--{name} {getattr(flags, name)}: must be positive")

@@ -354,9 +354,8 @@ def side_flag(text: str) -> int:
     return value
 
 
-@exit_status
-def main(argv: list[str] | None = None) -> None:
-    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = argparse.ArgumentParser(
         description="Score anomaly maps of any method with this repository's metrics.")
     parser.add_argument("maps", metavar="DIR", help="folder of the maps, CATEGORY/test/DEFECT/"
@@ -377,7 +376,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--method", default="", help="the method's name in the table (default: "
                         "that of the record beside the maps, or of DIR)")
     parser.add_argument("--out", metavar="FILE", help="CSV table to which the row is added")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    flags = command_line().parse_args(argv)
     folder = Path(flags.maps).expanduser()
     if flags.run:
         if flags.category:
