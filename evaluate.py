@@ -154,8 +154,9 @@ def calibration_scores(model: Method, s: Settings, run_data: RunData) -> Calibra
     if not len(held_out):
         return None
     synthetic, _ = synthetic_defects(images, held_out, run_data.foreground, run_data.textures)
+    training = run_data.train_indices[:TRAINING_SCORES if model.TRAINS else 0]
     return CalibrationScores(scores_of(model, s, images, held_out),
-                             scores_of(model, s, images, run_data.train_indices[:TRAINING_SCORES]),
+                             scores_of(model, s, images, training),
                              scores_of(model, s, synthetic, range(len(synthetic))),
                              network_calls(model, s))
 
@@ -185,7 +186,9 @@ def finish(run: Run) -> dict:
     Without defective test images a preview shows synthetic defects on held-out images.
     """
     s, run_data, model = run.settings, run.data, run.scored_model
+    start = time.perf_counter()
     run_after_training(model, s, run_data)
+    run.seconds += time.perf_counter() - start
     if len(run_data.held_out):
         print("  scoring normal images, for the threshold", flush=True)
     scores = calibration_scores(model, s, run_data)
@@ -313,7 +316,7 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     with locked_folder(folder):
         if not (folder / "data.json").exists():            # of weights that were imported
             save_data_record(folder, run_data)
-        if not calibration:
+        if not calibration and model.TRAINS:
             run_after_training(model, s, run_data)
         scores = calibration_scores(model, s, run_data)
         run = Run(folder, s, run_data, model, step=state["step"], seconds=state["seconds"],

@@ -71,6 +71,8 @@ class Run:
 
     @property
     def total_steps(self) -> int:
+        if not self.model.TRAINS:
+            return 0
         return self.settings.steps or self.settings.epochs * self.steps_per_epoch
 
     @property

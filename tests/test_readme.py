@@ -17,6 +17,7 @@ from PIL import Image
 
 import anomalib_maps
 import bench
+import compare_metrics
 import download
 import evaluate
 import import_authors
@@ -102,6 +103,7 @@ PARSERS = {
     "tools/ablations.py": parse_training,                               # its flags are train.py's
     "tools/anomalib_maps.py": lambda argv: anomalib_maps.command_line().parse_args(argv),
     "tools/bench.py": parse_train_flags(bench.command_line),
+    "tools/compare_metrics.py": lambda argv: compare_metrics.command_line().parse_args(argv),
     "tools/download.py": lambda argv: download.command_line().parse_args(argv),
     "tools/import_authors.py": parse_import,
     "tools/readme_figures.py": lambda argv: readme_figures.command_line().parse_args(argv),
@@ -140,8 +142,8 @@ def test_flags_exist(capsys):
     with pytest.raises(SystemExit):
         predict.parse(["--help"])
     flags = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
-    for module in (settings, evaluate, anomalib_maps, bench, download, readme_figures, score_maps,
-                   sweep, thresholds):
+    for module in (settings, evaluate, anomalib_maps, bench, compare_metrics, download,
+                   readme_figures, score_maps, sweep, thresholds):
         actions = module.command_line()._actions
         flags |= {option[2:] for action in actions for option in action.option_strings}
     flags -= {"eval", "weights"}                                        # commands of their own now

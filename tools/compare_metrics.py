@@ -567,11 +567,16 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=ROOT / "results" / "compare_metrics.csv",
                         help="file to write (default results/compare_metrics.csv)")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = command_line().parse_args(argv)
     installed = versions()
     warnings.simplefilter("ignore")
     rows = [row for case in draw_cases() for row in rows_of(case, installed)]
