@@ -71,7 +71,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        if not self.model.TRAINS:
+        if not METHODS[self.settings.method].trains:
             return 0
         return self.settings.steps or self.settings.epochs * self.steps_per_epoch
 
@@ -250,7 +250,7 @@ def resumed_settings(folder: Path, s: Settings, typed: set[str]) -> Settings:
                              f"{getattr(s, name)} here; --resume takes the settings of {folder}, "
                              f"so leave it out, or give this run a --name")
     machine = {name: getattr(s, name) for name in names_of("machine")
-               if name in typed or name not in ("checkpoint_every", "recompute")}
+               if name in typed or name not in ("root", "checkpoint_every", "recompute")}
     length = {name: getattr(s, name) for name in LENGTH if typed & LENGTH}
     precision = saved.precision
     if precision == "bf16" and not fast_bf16(torch.device(s.device)):
