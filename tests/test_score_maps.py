@@ -422,6 +422,6 @@ def test_a_model_of_anomalib_is_trained_and_scored(demo_root, factory, tmp_path,
     capsys.readouterr()
     for more, expected in ((["--model", "Padin"], "did you mean Padim?"),
                            (["--model", "Padim", "--set", "depth=3"], "--set depth: Padim has"),
-                           (["--model", "Padim", "--epochs", "3"], "Padim always trains for 1"),
+                           ([*argv, "--epochs", "3"], "Padim always trains for 1"),
                            (["--model", "Draem", "--pre-trained"], "no such choice")):
         refused(capsys, [*base, "--out", str(out), *more], expected, command=anomalib_maps.main)

@@ -113,10 +113,13 @@ def fetching(name: str):
 @contextlib.contextmanager
 def silence():
     """Without the advice and the warnings of anomalib, Lightning and their dependencies."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def map_side(transform) -> int:
