@@ -46,6 +46,11 @@ def scale(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def unscale(x: Tensor) -> Tensor:
+    """Images in about [-1, 1] as float32 in [0, 255]: `scale` undone."""
+    return (x.clamp(-1, 1) + 1) * 127.5
+
+
 def load_image(path: Path, resize: int, crop: int, is_mask: bool = False) -> np.ndarray:
     """Read and preprocess an image: uint8 [3, crop, crop]. Raises InputError (see `open_image`)."""
     return preprocess(to_rgb(open_image(path, is_mask)), resize, crop)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import metrics
 from data import (Images, RunData, Textures, load_run_data, name_in, save_data_record, scale,
-                  scoring_side)
+                  scoring_side, unscale)
 from metrics import CalibrationScores, threshold
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import Run, load_model, result_path, saved_settings
@@ -28,7 +28,8 @@ from settings import Settings, check, clean_data, fields_of
 from support import ranks
 from support.console import InputError, exit_status, progress_bar
 from support.devices import hardware, pick_device
-from support.files import float_array, locked_folder, save_atomically, save_csv, save_json
+from support.files import (float_array, locked_folder, save_atomically, save_csv_if_possible,
+                           save_json)
 from support.flags import add_flags
 from support.pictures import draw_rows, pick_rows
 from support.report import print_table, print_threshold_check
@@ -153,8 +154,9 @@ def calibration_scores(model: Method, s: Settings, run_data: RunData) -> Calibra
     if not len(held_out):
         return None
     synthetic, _ = synthetic_defects(images, held_out, run_data.foreground, run_data.textures)
+    training = run_data.train_indices[:TRAINING_SCORES if model.TRAINS else 0]
     return CalibrationScores(scores_of(model, s, images, held_out),
-                             scores_of(model, s, images, run_data.train_indices[:TRAINING_SCORES]),
+                             scores_of(model, s, images, training),
                              scores_of(model, s, synthetic, range(len(synthetic))),
                              network_calls(model, s))
 
@@ -184,7 +186,9 @@ def finish(run: Run) -> dict:
     Without defective test images a preview shows synthetic defects on held-out images.
     """
     s, run_data, model = run.settings, run.data, run.scored_model
+    start = time.perf_counter()
     run_after_training(model, s, run_data)
+    run.seconds += time.perf_counter() - start
     if len(run_data.held_out):
         print("  scoring normal images, for the threshold", flush=True)
     scores = calibration_scores(model, s, run_data)
@@ -233,11 +237,12 @@ def write_results(run: Run, path: Path | None = None) -> dict:
     if path:
         save_json(path, results)
         return results
-    save_csv(run.folder / "scores.csv",
-             [{"file": name_in(run_data.category, item.path), "label": item.label,
-               "score": f"{value:.9g}"} for item, value in zip(items, scores)])
     save_atomically(run.folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
     save_json(run.folder / "metrics.json", results)
+    save_csv_if_possible(
+        run.folder / "scores.csv",
+        [{"file": name_in(run_data.category, item.path), "label": item.label,
+          "score": f"{value:.9g}"} for item, value in zip(items, scores)])
     print("  drawing some of them", flush=True)
     save_atomically(run.folder / "qualitative.png",
                     lambda file: draw_test_images(file, model, s, run_data))
@@ -253,7 +258,7 @@ def score_epoch(run: Run, every: int) -> None:
     results, *_ = score(run.scored_model, run.settings, run.data)
     run.scored_model.train()
     run.evaluations.append({"epoch": epoch, "step": run.step, **results})
-    save_csv(run.folder / "eval.csv", run.evaluations)
+    save_csv_if_possible(run.folder / "eval.csv", run.evaluations)
 
 
 def draw_test_images(file, model: Method, s: Settings, run_data: RunData) -> None:
@@ -282,8 +287,8 @@ def draw_restorations(file, model: Method, s: Settings, images: Tensor, names: l
     parts = (part for _, part in restore_all(model, images, range(len(images)), s))
     x_0, *maps = (torch.cat(part).cpu() for part in zip(*parts))
     M_final = final_maps(dict(zip(Restoration._fields[1:], (M[:, 0].numpy() for M in maps))), s)
-    restored = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-    draw_rows(file, images.permute(0, 2, 3, 1).numpy(), restored, M_final, names, truths)
+    photos, restored = (x.permute(0, 2, 3, 1).numpy() for x in (images, unscale(x_0)))
+    draw_rows(file, photos, restored, M_final, names, truths)
 
 
 # ---------------------------------------------------------------- the command
@@ -305,15 +310,13 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     unfinished = (not calibration and state["step"] > 0 and s.hold_out > 0
                   or (config.steps, config.epochs) != (trained.steps, trained.epochs))
     run_data = load_run_data(s, training=False, folder=folder)
-    for note in run_data.notes:
-        if note.startswith("warning"):
-            print(f"  {note}")
+    print("".join(f"  {note}\n" for note in run_data.notes if note[:7] == "warning"), end="")
     if not run_data.test:
         raise InputError(f"{run_data.category.root}: no test images to score")
     with locked_folder(folder):
         if not (folder / "data.json").exists():            # of weights that were imported
             save_data_record(folder, run_data)
-        if not calibration:
+        if not calibration and model.TRAINS:
             run_after_training(model, s, run_data)
         scores = calibration_scores(model, s, run_data)
         run = Run(folder, s, run_data, model, step=state["step"], seconds=state["seconds"],
@@ -324,14 +327,12 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of evaluate.py: a run folder, and the flags of a scoring."""
-    parser = argparse.ArgumentParser(
-        description="Score the model of a run folder again, with the folder's settings.",
-        argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Score the model of a run folder again.",
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/mvtec/cable")
     add_flags(parser.add_argument_group("scoring"), fields_of("scoring"))
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--data", metavar="DIR", help="where the run's images lie now, if they "
-                         "have moved")
+    machine.add_argument("--data", metavar="DIR", help="where the run's images have moved to")
     add_flags(machine, [f for f in fields_of("machine")
                         if f.name in ("root", "device", "memory_gb", "eval_batch")])
     return parser

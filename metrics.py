@@ -132,11 +132,13 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, maps: np.ndarray | None = N
 
 class Threshold(NamedTuple):
     """A score above `value` is an alarm. `rate` is the false alarm rate on normal images, averaged
-    over held-out samples of this size; for this sample, it lies in `low`..`high` (95 %)."""
+    over held-out samples of this size; for this sample, it lies in `low`..`high` (95 %). `count`
+    is the number of scores that set it."""
     value: float
     rate: float
     low: float
     high: float
+    count: int
 
 
 def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> Threshold:
@@ -153,7 +155,7 @@ def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05) -> Threshol
         raise ValueError("a threshold needs scores of normal images")
     k = min(n, max(1, int(np.floor(false_alarms * (n + 1) + 1e-9))))   # 0.05 * 20 is 1, not less
     low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
-    return Threshold(float(ordered[k - 1]), k / (n + 1), float(low), float(high))
+    return Threshold(float(ordered[k - 1]), k / (n + 1), float(low), float(high), n)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def synthetic_detection_rate(scores: CalibrationScores, limit: Threshold) -> flo
 def describe_threshold(scores: CalibrationScores, limit: Threshold) -> str:
     """Describe a threshold: its false alarm rate with a range, its synthetic detection rate."""
     counts = f"{len(scores.held_out)} held-out"
-    if scores.training:
+    if limit.count > len(scores.held_out):                 # else the held-out images alone set it
         counts += f" and {len(scores.training)} training"
     lines = [f"threshold {limit.value:.4f}, from {counts} images",
              f"  expected false alarm rate: {100 * limit.rate:.0f} % of good parts (plausible "

@@ -12,11 +12,14 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
 import math
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -60,24 +63,27 @@ def own_modules():
 
 
 with own_modules():
-    from data import Images, Textures, foreground_masks, preprocess, scale
+    from data import Images, Textures, foreground_masks, preprocess, scale, unscale
     from evaluate import final_maps, image_scores, network_calls, scores_of, synthetic_defects
     from metrics import CalibrationScores, describe_threshold, threshold
     from runs import load_checkpoint, load_model
     from settings import Settings, check, names_of
-    from support.console import InputError, exit_status, progress_bar
+    from support.console import InputError, StopRequest, exit_status, progress_bar
     from support.devices import pick_device
-    from support.files import locked_folder, make_folder, save_atomically, save_csv
+    from support.files import (GrowingTable, locked_folder, make_folder, save_atomically,
+                               save_float_tiff)
     from support.images import decode, open_image, to_rgb, warn_of_lost_levels
     from support.layouts import (PICTURES, Category, find_files, find_images, matching_paths,
                                  root_folder, unread_files)
-    from support.page import web_page
+    from support.page import HighestScores, PageRow, web_page
     from support.pictures import over_grey
     from support.weights import load_torch
     from transfusion import Method
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
 REGION_COLUMNS = ("file", "x", "y", "width", "height", "area", "peak")
+PART_COLUMNS = ("part", "score", "threshold", "verdict", "photos", "file")
+TABLES = ("scores.csv", "regions.csv", "parts.csv")
 MAX_PICTURE_SIDE = 2048                 # the longest side of a picture, in pixels
 ACCEPTED_INPUTS = ("a path, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] (RGB) or "
                    "[H, W, 4] of uint8 or uint16, or a list of these")
@@ -92,7 +98,9 @@ class Inspection:
     score: Eq. 11. verdict: "defective", "normal", or "" for a model without a threshold. M_final:
     Eq. 10, float32 [H, W], NaN outside the centre crop. image, restored: uint8 [H, W, 3]; outside
     the crop, `restored` is the image itself. H x W is the size of the image, scaled down if a side
-    exceeds MAX_PICTURE_SIDE pixels. size: the original width and height in pixels.
+    exceeds MAX_PICTURE_SIDE pixels. size: the original width and height in pixels. model_map: Eq.
+    10 at the model's size, float32 [crop, crop]. edge: the share of a side that the centre crop
+    cuts off at each end.
     """
     image: np.ndarray
     size: tuple[int, int]
@@ -100,6 +108,8 @@ class Inspection:
     M_final: np.ndarray
     restored: np.ndarray
     threshold: float | None
+    model_map: np.ndarray
+    edge: float
 
     def __repr__(self) -> str:
         return (f"Inspection(score {self.score:.4f}, {self.verdict or 'no verdict'}, "
@@ -120,6 +130,29 @@ class Inspection:
         hatched = np.isnan(self.M_final) & ((rows + columns) // 4 % 2 == 0)
         shown[hatched] = 0.5 * shown[hatched] + 64
         return Image.fromarray(shown.round().astype(np.uint8))
+
+    def save_map(self, path: Path) -> None:
+        """Write the anomaly map at the image's own size, float32 TIFF, 0 outside the centre crop.
+
+        A few rows are made at a time, whatever the size. Raises InputError.
+        """
+        W, H = self.size
+        (first, last), (left, right) = inner_range(H, self.edge), inner_range(W, self.edge)
+        side, model_map = len(self.model_map), Image.fromarray(self.model_map)
+
+        def rows(top: int, bottom: int) -> np.ndarray:
+            if self.M_final.shape == (H, W):
+                return np.nan_to_num(self.M_final[top:bottom])
+            strip = np.zeros((bottom - top, W), np.float32)
+            a, b = max(top, first), min(bottom, last)
+            if a < b:
+                box = (0, (a - first) * side / (last - first), side,
+                       (b - first) * side / (last - first))
+                strip[a - top:b - top, left:right] = model_map.resize(
+                    (right - left, b - a), Image.Resampling.BILINEAR, box)
+            return strip
+
+        save_float_tiff(path, W, H, rows)
 
     @property
     def regions(self) -> list[dict]:
@@ -183,7 +216,9 @@ class Inspector:
                            for name in ("M_disc", "M_recon", "M_last")}, self.s)
         scores = image_scores(maps).tolist()
         limit = self.threshold and self.threshold.value
-        return [Inspection(displayed, image.size, score, *uncrop(displayed, M, x_0, self.s), limit)
+        edge = (self.s.resize - self.s.crop) / 2 / self.s.resize
+        return [Inspection(displayed, image.size, score, *uncrop(displayed, M, x_0, edge), limit, M,
+                           edge)
                 for image, displayed, score, M, x_0 in
                 zip(pictures, map(as_shown, pictures), scores, maps, restored.x_0.cpu())]
 
@@ -206,10 +241,18 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     return Inspector(model, s, CalibrationScores(**scores) if scores else None)
 
 
+def expand_home(name) -> Path:
+    """A path whose ~ is the home folder; ~$bolt.png is a file of this name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def as_rgb(image) -> Image.Image:
     """Convert any image that `inspect` accepts to 8-bit RGB. Raises ValueError for other inputs."""
     if isinstance(image, (str, os.PathLike)):
-        return to_rgb(open_image(Path(image).expanduser()))
+        return to_rgb(open_image(expand_home(image)))
     if isinstance(image, Image.Image):
         return to_rgb(decode(image, "an image"))
     array = np.asarray(image) if isinstance(image, np.ndarray) else None
@@ -233,20 +276,24 @@ def as_shown(image: Image.Image) -> np.ndarray:
     return np.array(image)
 
 
+def inner_range(length: int, edge: float) -> tuple[int, int]:
+    """First and last pixel of a side that the centre crop keeps, at least one of them."""
+    cut = min(round(edge * length), (length - 1) // 2)
+    return cut, length - cut
+
+
 def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
-           s: Settings) -> tuple[np.ndarray, np.ndarray]:
+           edge: float) -> tuple[np.ndarray, np.ndarray]:
     """Undo the centre crop and the resize of M_final [crop, crop] and x_0 [3, crop, crop].
 
     Returns the map, float32 [H, W], and the restored image, uint8 [H, W, 3], of `image`'s size.
     """
     H, W, _ = image.shape
-    edge = (s.resize - s.crop) / 2 / s.resize
-    top, left = round(edge * H), round(edge * W)
-    bottom, right = max(H - top, top + 1), max(W - left, left + 1)      # of a tiny image a pixel
+    (top, bottom), (left, right) = inner_range(H, edge), inner_range(W, edge)
     size = (right - left, bottom - top)
     whole, restored = np.full((H, W), np.nan, np.float32), image.copy()
     whole[top:bottom, left:right] = Image.fromarray(M_final).resize(size, Image.Resampling.BILINEAR)
-    pixels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = unscale(x_0).round().to(torch.uint8).permute(1, 2, 0).numpy()
     restored[top:bottom, left:right] = Image.fromarray(pixels).resize(size,
                                                                       Image.Resampling.BILINEAR)
     return whole, restored
@@ -254,24 +301,37 @@ def uncrop(image: np.ndarray, M_final: np.ndarray, x_0: Tensor,
 
 # ---------------------------------------------------------------- the command
 
+def folder_of(name: str) -> Path:
+    """The folder that a name on the command line stands for, or in which its files lie."""
+    path = expand_home(name)
+    while not path.is_dir():                               # of a file, or of a glob
+        path = path.parent
+    return path
+
+
 def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
     """Find the image files of `names`: files, folders (searched recursively) and globs.
 
     Pictures that this command has written are skipped. Returns the files, and notes on other files
     that are not read. Raises InputError for a name without any image.
     """
+    @lru_cache(maxsize=None)
+    def is_output_folder(folder: Path) -> bool:
+        if folder.name in PICTURES and (folder.parent.resolve() == out.resolve()
+                                        or (folder.parent / "regions.csv").exists()):
+            return True
+        return folder.parent != folder and is_output_folder(folder.parent)
+
     def is_output(path: Path) -> bool:
-        return any(folder.name in PICTURES and (folder.parent.resolve() == out.resolve()
-                                                or (folder.parent / "regions.csv").exists())
-                   for folder in path.parents)
+        return is_output_folder(path.parent)
 
     photos, notes = [], []
     for name in names:
-        path = Path(name).expanduser()
+        path = expand_home(name)
         if path.is_dir():
             files = [p for p in find_images(path) if not is_output(p)]
             outputs = [p for p in find_files(path) if is_output(p)
-                       or p.name in ("scores.csv", "regions.csv", "index.html")]
+                       or p.name in (*TABLES, "index.html")]
             notes.append(unread_files(path, files + outputs))
         elif path.exists():
             files = [path]
@@ -280,16 +340,20 @@ def find_photos(names: list[str], out: Path) -> tuple[list[Path], list[str]]:
         if not files:
             raise InputError(f"{name}: no image there; give image files, folders or globs")
         photos += files
-    unique = {p.resolve(): Path(os.path.abspath(p)) for p in reversed(photos)}
+    folders = {folder: folder.resolve() for folder in {p.parent for p in photos}}
+    unique = {p.resolve() if p.is_symlink() else folders[p.parent] / p.name:
+              Path(os.path.abspath(p)) for p in reversed(photos)}
     return list(reversed(unique.values())), [note for note in notes if note]
 
 
-def relative_names(files: list[Path]) -> list[str]:
-    """Each file's path relative to the common folder of all files, or to the root of its drive if
-    they are on several drives."""
+def relative_names(files: list[Path], names: list[str]) -> list[str]:
+    """Each file's path relative to the folder that all names on the command line lie in.
+
+    So it does not depend on what else is there. On several drives it is relative to the root.
+    """
     try:
-        common = Path(os.path.commonpath([file.parent for file in files]))
-        return [file.relative_to(common).as_posix() for file in files]
+        base = Path(os.path.commonpath([os.path.abspath(folder_of(name)) for name in names]))
+        return [file.relative_to(base).as_posix() for file in files]
     except ValueError:
         return ["/".join(part.strip("/\\:") for part in file.parts) for file in files]
 
@@ -323,50 +387,142 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: {note}")
     if (out / "last.pt").exists():
         raise InputError(f"--out {out}: holds a training's results; choose another folder")
+    names = relative_names(files, flags.images)
+    parts = part_names(names, flags.group) if flags.group else []
     with locked_folder(out):
         remove_old_pictures(out)
-        return inspect_files(model, files, out, flags)
+        return inspect_files(model, files, names, parts, out, flags)
 
 
-def inspect_files(model: Inspector, files: list[Path], out: Path, flags) -> int:
-    """Inspect the files batch by batch and write the results. Returns 1 if one cannot be read."""
-    names = relative_names(files)
+def part_names(names: list[str], pattern: str) -> list[str]:
+    """--group: the part that each photo shows, by the groups of a regular expression.
+
+    The pattern is searched in the photo's name in scores.csv. A photo that it does not match is a
+    part of its own. Raises InputError for a pattern that is none, has no group or matches nothing.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--group {pattern}: not a regular expression ({error})")
+    if not compiled.groups:
+        raise InputError(f"--group {pattern}: has no group; put the part's name in brackets, as in "
+                         f"'(.*)_cam[0-9]'")
+    matches = [compiled.search(name) for name in names]
+    unmatched = [name for name, match in zip(names, matches) if not match]
+    if len(unmatched) == len(names):
+        raise InputError(f"--group {pattern}: matches no photo's name, such as {names[0]}")
+    if unmatched:
+        print(f"note: --group matches {len(names) - len(unmatched)} of {len(names)} photos; "
+              f"each of the others counts as a part of its own, such as {unmatched[0]}")
+    return ["-".join(group or "" for group in match.groups()) if match else name
+            for name, match in zip(names, matches)]
+
+
+def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: list[str],
+                  out: Path, flags) -> int:
+    """Inspect the files batch by batch and write the results into a folder, as they come.
+
+    parts: of each file, or empty. The exit status is 1 if a photo could not be read, or a picture
+    or a table not be written. Raises KeyboardInterrupt, with page and tables written, where it is
+    asked to stop.
+    """
     map_names = tiff_paths(files, names)
-    scores, all_regions, page_rows, unreadable = [], [], [], []
-    with progress_bar(total=len(files), unit="image") as bar:
+    limit = model.threshold and model.threshold.value
+    scores = GrowingTable(out / "scores.csv", SCORE_COLUMNS)
+    regions = GrowingTable(out / "regions.csv", REGION_COLUMNS)
+    (out / "parts.csv").unlink(missing_ok=True)
+    highest, problems, by_part = HighestScores(), [], {}
+
+    def write_page(note: str = "") -> None:
+        page = web_page(highest.rows(), limit, out, len(problems), highest.count,
+                        highest.defective, note, part_rows(by_part, limit))
+        save_atomically(out / "index.html",
+                        lambda file: file.write(page.encode("utf-8", "backslashreplace")))
+
+    write_page(f"unfinished: 0 of {len(files)} photos inspected when this page was written")
+    with StopRequest() as stop, progress_bar(total=len(files), unit="image") as bar:
         for start in range(0, len(files), flags.batch):
             batch, pictures = range(start, min(start + flags.batch, len(files))), {}
             for k in batch:
                 try:
                     pictures[k] = to_rgb(open_image(files[k]))
                 except InputError as error:
-                    unreadable.append(files[k])
+                    problems.append(names[k])
                     bar.write(f"error: {error}", file=sys.stderr)
+            rows, region_rows = [], []
             for k, result in zip(pictures, model.inspect(list(pictures.values()))):
-                regions = result.regions
-                scores.append({"file": names[k], "score": f"{result.score:.6g}",
-                               "verdict": result.verdict, "threshold":
-                               "" if result.threshold is None else f"{result.threshold:.6g}"})
-                all_regions += [{"file": names[k], **region, "peak": f"{region['peak']:.6g}"}
-                                for region in regions]
-                page_rows.append((files[k], names[k], result.score, result.size, regions))
-                save_image(out / "heatmaps" / f"{names[k]}.png", result.heat_map())
-                save_image(out / "restored" / f"{names[k]}.png", Image.fromarray(result.restored))
-                if flags.maps == "tiff":
-                    save_image(out / "maps" / map_names[k],
-                               Image.fromarray(np.nan_to_num(result.M_final)))
-            save_csv(out / "scores.csv", scores, SCORE_COLUMNS)
-            save_csv(out / "regions.csv", all_regions, REGION_COLUMNS)
+                rows.append({"file": names[k], "score": f"{result.score:.6g}",
+                             "verdict": result.verdict,
+                             "threshold": "" if limit is None else f"{limit:.6g}"})
+                region_rows += [{"file": names[k], **region, "peak": f"{region['peak']:.6g}"}
+                                for region in result.regions]
+                drawn = flags.pictures == "all" or (flags.pictures == "defective"
+                                                    and result.verdict == "defective")
+                try:
+                    if drawn:
+                        save_pictures(result, out, names[k])
+                    if flags.maps == "tiff":
+                        path = out / "maps" / map_names[k]
+                        make_folder(path.parent)
+                        result.save_map(path)
+                except InputError as error:
+                    if not is_about_one_file(error):
+                        raise
+                    drawn = False
+                    problems.append(names[k])
+                    bar.write(f"error: {error}", file=sys.stderr)
+                highest.add(PageRow(files[k], names[k], result.score, result.size, result.regions,
+                                    drawn), result.verdict == "defective")
+                if parts:
+                    best, file, count = by_part.get(parts[k], (-math.inf, "", 0))
+                    by_part[parts[k]] = (*max((best, file), (result.score, names[k])), count + 1)
+            scores.append(rows)
+            regions.append(region_rows)
             bar.update(len(batch))
-    limit = model.threshold and model.threshold.value
-    page = web_page(page_rows, limit, out, len(unreadable)).encode("utf-8", "backslashreplace")
-    save_atomically(out / "index.html", lambda file: file.write(page))
-    defective = sum(row["verdict"] == "defective" for row in scores)
-    print(f"{len(scores)} images inspected"
-          + (f", {defective} defective" if model.threshold else ", no verdicts")
-          + (f", {len(unreadable)} could not be read" if unreadable else "")
+            if stop.asked:
+                break
+    stopped = highest.count + len(problems) < len(files)
+    end = f"unfinished: {highest.count} of {len(files)} photos inspected" if stopped else ""
+    tables = [scores, regions]
+    if parts:
+        tables.append(GrowingTable(out / "parts.csv", PART_COLUMNS))
+        tables[-1].append(part_rows(by_part, limit))
+    unwritten = [line for table in tables if (line := table.close())]
+    for line in unwritten:
+        print(f"error: {line}", file=sys.stderr)
+    write_page(end)
+    if stopped:
+        raise KeyboardInterrupt(f"{end}; the results so far are in {out}")
+    print(f"{highest.count} images inspected"
+          + (f", {highest.defective} defective" if model.threshold else ", no verdicts")
+          + (f", {len(problems)} could not be read or written" if problems else "")
+          + (f"; {len(by_part)} parts in parts.csv" if parts else "")
           + f"; index.html, scores.csv, regions.csv, heatmaps and restored are in {out}")
-    return 1 if unreadable else 0
+    return 1 if problems or unwritten else 0
+
+
+def save_pictures(result: Inspection, out: Path, name: str) -> None:
+    """The heat map and the restored image of a photo. Raises InputError."""
+    for folder, picture in (("heatmaps", result.heat_map()),
+                            ("restored", Image.fromarray(result.restored))):
+        path = out / folder / f"{name}.png"
+        make_folder(path.parent)
+        save_atomically(path, lambda file: picture.save(file, format="PNG"))
+
+
+def is_about_one_file(error: InputError) -> bool:
+    """Whether only this file cannot be written, as its name is too long, and others can."""
+    return getattr(error.__cause__, "errno", None) == errno.ENAMETOOLONG
+
+
+def part_rows(by_part: dict, limit: float | None) -> list[dict]:
+    """A row for each part, the highest score first: that of its worst photo decides."""
+    rows = sorted(by_part.items(), key=lambda item: -item[1][0])
+    verdicts = {True: "defective", False: "normal"}
+    return [{"part": part, "score": f"{score:.6g}", "threshold":
+             "" if limit is None else f"{limit:.6g}",
+             "verdict": "" if limit is None else verdicts[score > limit], "photos": count,
+             "file": file} for part, (score, file, count) in rows]
 
 
 def remove_old_pictures(out: Path) -> None:
@@ -416,8 +572,8 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     print(f"{path}: {old_threshold} before, {threshold(scores, s.false_alarms).value:.4f} now")
     needed = math.ceil(1 / s.false_alarms - 1) if s.false_alarms else 0
     if len(files) + len(training) < needed:
-        print(f"note: {len(files)} photos cannot promise {100 * s.false_alarms:g} % false alarms, "
-              f"{needed} can")
+        print(f"note: {len(files)} photos and {len(training)} scores of the training cannot "
+              f"promise {100 * s.false_alarms:g} % false alarms; {needed} scores can")
     return Inspector(model.model, model.s, scores)
 
 
@@ -434,24 +590,26 @@ def print_threshold(model: Inspector, run: str) -> None:
               f"and not with {calls}; scores shift a little", file=sys.stderr)
 
 
-def save_image(path: Path, picture: Image.Image) -> None:
-    make_folder(path.parent)
-    save_atomically(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Inspect images with a trained model.")
     parser.add_argument("run", metavar="RUN", help="a run folder, or a checkpoint")
     parser.add_argument("images", metavar="IMAGES", nargs="*",
                         help="files, folders (searched through) or globs")
-    parser.add_argument("--out", help="folder to write to; needed with IMAGES; the pictures of an "
-                        "earlier call there are removed")
+    parser.add_argument("--out", help="folder to write to; needed with IMAGES; the results of an "
+                        "earlier call there are replaced")
     parser.add_argument("--calibrate", metavar="GOOD_PHOTOS", nargs="+",
                         help="take the run's threshold from these photos of good parts, which no "
                         "training has seen, and keep it")
     parser.add_argument("--maps", choices=("tiff",),
                         help="also write the float maps, in MVTec's evaluation layout where the "
-                        "images lie in CATEGORY/test/DEFECT; 0 where not inspected")
+                        "images lie in CATEGORY/test/DEFECT, at each image's own size; 0 where not "
+                        "inspected")
+    parser.add_argument("--pictures", choices=("none", "defective", "all"), default="all",
+                        help="the photos of which heat map and restored image are written "
+                        "(default all)")
+    parser.add_argument("--group", metavar="PATTERN",
+                        help="several photos show one part: a regular expression whose group is "
+                        "the part's name, as '(.*)_cam[0-9]'; the highest score decides")
     parser.add_argument("--infer-steps", type=int, metavar="K",
                         help="network calls an image (default: the run's)")
     parser.add_argument("--false-alarms", type=float, metavar="RATE",

@@ -13,11 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from baselines import METHODS
 from data import RunData
-from settings import LENGTH, Settings, flag_of, names_of
+from settings import LENGTH, Settings, names_of
 from support import ranks
 from support.console import InputError
 from support.devices import fast_bf16
-from support.files import folder_name, read_json, save_atomically, save_csv
+from support.files import folder_name, read_json, save_atomically, save_csv_if_possible
+from support.flags import flag_of
 from support.layouts import FOLDERS
 from support.weights import load_torch, load_weights
 from transfusion import Method
@@ -70,6 +71,8 @@ class Run:
 
     @property
     def total_steps(self) -> int:
+        if not self.model.TRAINS:
+            return 0
         return self.settings.steps or self.settings.epochs * self.steps_per_epoch
 
     @property
@@ -88,7 +91,7 @@ class Run:
                  **{name: getattr(self, name) for name in self.RECORD}}
         save_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
         if self.log:
-            save_csv(self.folder / "log.csv", self.log)
+            save_csv_if_possible(self.folder / "log.csv", self.log)
 
     def load(self) -> None:
         """Return to the folder's last checkpoint: weights, moments, average and record.
@@ -282,7 +285,7 @@ def load_checkpoint(path: Path) -> tuple[Settings, dict]:
         names = {"images": "held_out", "trained": "training"}
         for new, old in (("calibration", "normal"), ("user_calibration", "calibrated")):
             scores = {names.get(k, k): v for k, v in (state.get(old) or {}).items()}
-            state[new] = scores and {"training": [], "synthetic": [], **scores}
+            state.setdefault(new, scores and {"training": [], "synthetic": [], **scores})
     return Settings(**settings), state
 
 

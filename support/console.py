@@ -146,7 +146,9 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for name in self.SIGNALS:
                 number = getattr(signal, name, None)                    # Windows lacks some
-                if number and signal.getsignal(number) != signal.SIG_IGN:    # SIGHUP under nohup
+                under_nohup = (name == "SIGHUP" and number
+                               and signal.getsignal(number) == signal.SIG_IGN)
+                if number and not under_nohup:
                     self.handlers[number] = signal.signal(number, self.handle)
         return self
 

@@ -6,7 +6,9 @@ import io
 import json
 import math
 import os
+import struct
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,12 +39,24 @@ def save_atomically(path: Path, write) -> None:
                     raise
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if type(error).__name__ == "OutOfMemoryError":           # torch's, if `write` runs a model
             raise
         cause = (isinstance(error, RuntimeError) and error.__context__) or error    # torch wraps it
-        raise InputError(f"{path}: cannot be written ({cause}); make room and run it again, a "
-                         f"training with --resume")
+        raise InputError(f"{path}: cannot be written ({cause}); {advice(cause)}") from cause
+
+
+def advice(error: Exception) -> str:
+    """What to do about a file that could not be written."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room on the disk and run the command again"
+    if number == errno.ENAMETOOLONG:
+        return "give the photo a shorter name"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY):
+        return "close it in other programs, or allow writing there, and run the command again"
+    return "see to the folder and run the command again"
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -60,6 +74,80 @@ def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
     table.writerows(rows)
     content = text.getvalue().encode(errors="backslashreplace")      # file names may not be UTF-8
     save_atomically(path, lambda file: file.write(content))
+
+
+NAMED_TABLES: set[Path] = set()         # tables whose failure has been named
+
+
+def save_csv_if_possible(path: Path, rows: list[dict]) -> None:
+    """`save_csv` for a table that is written again later.
+
+    A table that cannot be written now, for instance because a spreadsheet program has it open, ends
+    nothing. It is named in one warning.
+    """
+    try:
+        save_csv(path, rows)
+    except InputError as error:
+        if path not in NAMED_TABLES:
+            NAMED_TABLES.add(path)
+            warnings.warn(f"{error} (the work goes on, and the table is tried again later)")
+
+
+class GrowingTable:
+    """A CSV file to which rows are appended as they come. An earlier file is replaced.
+
+    Rows are written as whole lines, so after a kill at most the last line is incomplete. Rows that
+    cannot be written now wait for the next ones.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]):
+        self.path, self.columns = path, columns
+        self.started, self.error = False, None
+        self.waiting = self.text_of([dict(zip(columns, columns))])
+        self.write_waiting()
+
+    def text_of(self, rows: list[dict]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
+        return text.getvalue().encode(errors="backslashreplace")     # a name that is no UTF-8
+
+    def append(self, rows: list[dict]) -> None:
+        """Write these rows, after those that are waiting, if that is possible now."""
+        if rows:
+            self.waiting += self.text_of(rows)
+            self.write_waiting()
+
+    def write_waiting(self) -> None:
+        try:
+            if self.started:
+                with open(self.path, "ab", buffering=0) as file:
+                    written = file.write(self.waiting)
+                self.waiting = self.waiting[written:]     # a full disk takes a part
+            else:
+                self.replace_earlier_file()
+                self.waiting, self.started = b"", True
+        except (OSError, InputError) as error:
+            self.error = error
+
+    def replace_earlier_file(self) -> None:
+        try:
+            save_atomically(self.path, lambda file: file.write(self.waiting))
+        except InputError:                                # where only the renaming is refused
+            with open(self.path, "wb") as file:
+                file.write(self.waiting)
+
+    def close(self) -> str:
+        """Try for the last time. Returns "", or a line on where the other rows are."""
+        if self.waiting:
+            self.write_waiting()
+        if not self.waiting:
+            return ""
+        other = self.path.with_name(f"{self.path.stem}-not-written{self.path.suffix}")
+        try:
+            save_atomically(other, lambda file: file.write(self.waiting))
+        except InputError as error:
+            return f"{error}; its rows are lost"
+        return f"{self.path} could not be written ({self.error}); its rows are in {other}"
 
 
 def read_json(path: Path) -> dict:
@@ -131,3 +219,32 @@ def float_array(shape: tuple[int, ...], memory_gb: float) -> np.ndarray:
         raise InputError(f"no room for {size / 1e9:.1f} GB of maps in {tempfile.gettempdir()} "
                          f"({error}); set TMPDIR to another folder, or raise --memory-gb")
     return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+STRIP = 64                              # rows of a TIFF that are in memory at a time
+
+
+def save_float_tiff(path: Path, width: int, height: int, rows) -> None:
+    """Write a grey float32 TIFF, uncompressed, of any size in little memory. Raises InputError.
+
+    rows: called with a range of rows, top and bottom; returns float32 [bottom - top, width].
+    """
+    bounds = [(top, min(top + STRIP, height)) for top in range(0, height, STRIP)]
+    sizes = [4 * width * (bottom - top) for top, bottom in bounds]
+    count, entries = len(bounds), 10
+    lists = 8 + 2 + 12 * entries + 4                      # where the offsets and sizes stand
+    offsets = np.cumsum([lists + 8 * count, *sizes[:-1]]).tolist()
+    where = (lists, lists + 4 * count) if count > 1 else (offsets[0], sizes[0])
+    tags = ((256, 1, width), (257, 1, height), (258, 1, 32), (259, 1, 1), (262, 1, 1),
+            (273, count, where[0]), (277, 1, 1), (278, 1, STRIP), (279, count, where[1]),
+            (339, 1, 3))                                  # number, values, value or place
+
+    def write(file) -> None:
+        file.write(struct.pack("<2sHIH", b"II", 42, 8, entries))
+        for number, values, value in tags:
+            file.write(struct.pack("<HHII", number, 4, values, value))
+        file.write(struct.pack(f"<I{2 * count}I", 0, *offsets, *sizes))
+        for top, bottom in bounds:
+            file.write(np.ascontiguousarray(rows(top, bottom), "<f4").tobytes())
+
+    save_atomically(path, write)

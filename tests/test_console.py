@@ -133,11 +133,18 @@ def test_a_full_gpu_is_said_in_one_line(capsys):
 
 # ---------------------------------------------------------------- signals
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
            if hasattr(signal, name)]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.fixture(params=SIGNALS)
+def number(request):
+    """A signal, which does not end the tests where nothing handles it."""
+    handler = signal.signal(request.param, lambda *_: None)
+    yield request.param
+    signal.signal(request.param, handler)
+
+
 def test_the_first_signal_asks_to_stop_and_the_second_one_interrupts(number):
     handler = signal.getsignal(number)
     with StopRequest() as stop:
@@ -149,11 +156,18 @@ def test_the_first_signal_asks_to_stop_and_the_second_one_interrupts(number):
     assert signal.getsignal(number) is handler                      # put back
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_ignored_under_nohup_stays_ignored_and_ctrl_c_is_heard(number):
+    """A script's background job begins with Ctrl-C ignored, but `kill -INT` is meant for it."""
+    signal.signal(number, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked == (number != signal.SIGHUP)
+
+
 def test_a_training_that_is_asked_to_stop_saves_its_step_and_is_continued(factory, monkeypatch,
                                                                           capsys, number):
-    run, argv = factory / "runs/parts/bolt-stopped", argv_for(factory / "parts", "--steps", "9",
-                                                              "--name", "stopped")
+    run = factory / "runs/parts/bolt-stopped"
+    argv = argv_for(factory / "parts", "--steps", "9", "--name", "stopped")
     make_batch = train.make_batch
 
     def signalled(s, run_data, last_step, step, *args):

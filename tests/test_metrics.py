@@ -173,8 +173,8 @@ def test_a_complete_test_set_gives_no_warning():
                                                       (10, 0.05, 1, 1 / 11), (1, 0.5, 1, 0.5)])
 def test_threshold_from_normal_scores(n, asked, rank, promised):
     scores = np.random.default_rng(0).permutation(n).astype(float)
-    threshold, rate, low, high = metrics.normal_threshold(scores, asked)
-    assert low < rate < high
+    threshold, rate, low, high, count = metrics.normal_threshold(scores, asked)
+    assert low < rate < high and count == n
     assert threshold == n - rank and rate == pytest.approx(promised)
 
 
@@ -261,3 +261,43 @@ def test_masks_of_another_shape_are_refused():
     refuses_masks(maps, masks[:, :-1], r"masks \[4, 8, 11\] and maps \[4, 9, 11\]")
     refuses_masks(maps, masks[:3], r"masks \[3, 9, 11\] and maps \[4, 9, 11\]")
     refuses_masks(maps[0], masks[0], r"the same shape \[N, H, W\]")
+
+
+# ---------------------------------------------------------------- thresholds of a run
+
+def calibration(held_out, training=(), synthetic=()):
+    return metrics.CalibrationScores(list(held_out), list(training), list(synthetic), 3)
+
+
+def test_the_auroc_on_held_out_images_sees_what_light_hides():
+    """Good test images that score lower than all others for another reason than their parts."""
+    labels, scores = np.array([0, 0, 1, 1]), np.array([0.01, 0.02, 0.2, 0.4])
+
+    def auroc_held_out(scores_of_normal_images, labels, scores):
+        return metrics.threshold_metrics(scores_of_normal_images, 0.05, labels,
+                                         scores)["image_auroc_held_out"]
+
+    held_out = calibration([0.3, 0.1, 0.3])
+    assert auroc_held_out(held_out, labels, scores) == pytest.approx(4 / 6)
+    assert auroc_held_out(held_out, labels[:2], scores[:2]) is None
+    assert auroc_held_out(None, labels, scores) is None
+
+
+def test_the_threshold_is_of_held_out_and_training_images():
+    """The training's images add to a handful of held-out ones, and never lower their threshold."""
+    few, many = [0.1, 0.2], np.linspace(0, 0.3, 98).tolist()
+    assert metrics.threshold(calibration(few), 0.05).value == 0.2
+    both = metrics.threshold(calibration(few, many), 0.05)
+    assert both.value == np.sort(many)[-5] and both.rate == pytest.approx(5 / 101)
+    low = metrics.threshold(calibration(few, [v / 10 for v in many]), 0.05)
+    assert low == metrics.threshold(calibration(few), 0.05)
+    synthetic = calibration(few, many, [0.1, 0.2, 0.21, 0.3])
+    assert metrics.synthetic_detection_rate(synthetic, low) == 0.5
+    assert metrics.synthetic_detection_rate(calibration(few), low) is None
+    assert metrics.describe_threshold(synthetic, both).splitlines() == [
+        f"threshold {both.value:.4f}, from 2 held-out and 98 training images",
+        "  expected false alarm rate: 5 % of good parts (plausible range 2 to 10 %)",
+        "  detection rate on 4 faint synthetic defects: 25 % (1 of 4)"]
+    for scores in (calibration(few), synthetic):                # the held-out images alone set `low`
+        assert metrics.describe_threshold(scores, low).splitlines()[0] == \
+            "threshold 0.2000, from 2 held-out images"

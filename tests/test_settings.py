@@ -77,4 +77,4 @@ def test_help_shows_every_field(capsys):
     assert stop.value.code == 0
     for f in dataclasses.fields(Settings):
         assert "--" + f.name.replace("_", "-") in out
-    assert "--weights" not in out and "--eval " not in out               # see evaluate.py and tools/
+    assert "--weights" not in out and "--eval " not in out            # commands of their own now

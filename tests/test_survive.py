@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +17,17 @@ import data
 import predict
 import runs
 import train
-from settings import InputError, Settings
-from test_train import argv_for, parts  # noqa: F401  (a fixture)
+from helpers import ROOT, argv_for, run_of
+from settings import Settings
+from support.console import InputError
+from support.files import locked_folder
+from support.layouts import read_visa
 
-HERE = Path(train.__file__).parent
 STEPS = 400
 
 
 def start(argv):
-    return subprocess.Popen([sys.executable, "train.py", *argv], cwd=HERE, text=True,
+    return subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -46,12 +47,18 @@ MOMENTS = {"writing": ("last.pt.part", 0),                 # amid a checkpoint
 
 def killing(argv, folder, rng, moment):
     """Start a run and kill it at a moment of MOMENTS; returns whether it was still running then."""
+    def wait_for(name, since):
+        while not newer(folder / name, since):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.001)
+
     awaited, wait = MOMENTS[moment]
     began = time.time_ns()
     process = start(argv)
-    while not newer(folder / awaited, began):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
+    if awaited != "config.json":                  # not the first checkpoint, which is that of step 0
+        wait_for("last.pt", began)
+        began = (folder / "last.pt").stat().st_mtime_ns + 1
+    wait_for(awaited, began)
     time.sleep(rng.uniform(0, wait))
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
@@ -62,12 +69,12 @@ def killing(argv, folder, rng, moment):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_and_still_bit_identical(parts):  # noqa: F811
+def test_killed_at_twenty_moments_and_still_bit_identical(parts):
     """Two runs, one on each core, are killed ten times each."""
     base = argv_for(parts, "--steps", str(STEPS), "--checkpoint-every", "3")
     process = start([*base, "--name", "whole"])
     assert process.communicate()[0] and process.returncode == 0
-    whole = parts.parent / "runs" / "parts" / "bolt-whole"
+    whole = run_of(parts, "whole")
 
     def killed_ten_times(seed):
         rng = random.Random(seed)
@@ -94,9 +101,9 @@ def test_killed_at_twenty_moments_and_still_bit_identical(parts):  # noqa: F811
                 == {k: v for k, v in two.items() if "seconds" not in k}
 
 
-def test_a_folder_in_use_is_refused(parts, capsys):  # noqa: F811
-    folder = parts.parent / "runs" / "parts" / "bolt"
-    with runs.locked(folder):
+def test_a_folder_in_use_is_refused(parts, capsys):
+    folder = run_of(parts)
+    with locked_folder(folder):
         assert train.main(argv_for(parts)) == 2
     error = capsys.readouterr().err
     assert "in use by another process" in error and [p.name for p in folder.iterdir()] == [".lock"]
@@ -128,9 +135,8 @@ def test_five_hundred_damaged_files(tmp_path):
     good.mkdir()
     for suffix in ("png", "jpg", "tif", "bmp"):
         Image.fromarray(pixels).save(good / f"image.{suffix}")
-    s = Settings(resize=32, crop=32, channels=8, T=2)
-    runs.save_checkpoint(good / "model.pt", s, runs.build_model(s), None, None,
-                         runs.new_progress())
+    s = Settings(resize=32, crop=32, channels=8, T=2, device="cpu")
+    runs.new_run(good, s, None, runs.build_model(s)).save()
     visa = tmp_path / "visa"
     (visa / "split_csv").mkdir(parents=True)
     (visa / "nut").mkdir()
@@ -139,13 +145,13 @@ def test_five_hundred_damaged_files(tmp_path):
         f"nut,{part},normal,nut/0.png,\n" for part in ("train", "train", "test"))
 
     read = {".pt": lambda p: runs.load_model(p, torch.device("cpu")),
-            ".csv": lambda p: data.read_visa("visa", "nut", visa / "nut")}
+            ".csv": lambda p: read_visa("visa", "nut", visa / "nut")}
     outcome = {"read": 0, "refused": 0}
     for k in range(500):
         suffix = ("png", "jpg", "tif", "bmp", "csv", "pt")[k % 6]
         path = visa / "split_csv/1cls.csv" if suffix == "csv" else tmp_path / f"damaged.{suffix}"
         content = table.encode() if suffix == "csv" else (
-            good / ("model.pt" if suffix == "pt" else f"image.{suffix}")).read_bytes()
+            good / ("last.pt" if suffix == "pt" else f"image.{suffix}")).read_bytes()
         path.write_bytes(corrupted(rng, content))
         try:
             read.get(path.suffix, lambda p: data.load_image(p, 16, 16))(path)
@@ -165,6 +171,6 @@ def test_predict_refuses_a_pickle_that_runs_code(tmp_path, capsys, monkeypatch):
 
     torch.save({"format": 1, "settings": Malicious()}, tmp_path / "model.pt")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert predict.main(["model.pt", "a.png", "--out", "found"]) == 2
+    assert predict.main(["model.pt", "a.png", "--out", "output"]) == 2
     assert "model.pt is not a checkpoint" in capsys.readouterr().err
-    assert not (tmp_path / "executed").exists() and not (tmp_path / "found").exists()
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "output").exists()

@@ -26,8 +26,8 @@ from support.report import print_table
 
 def test_run_folder(small):
     folder, _ = small
-    assert set(contents(folder)) == {"config.json", "data.json", "log.csv", "last.pt", "metrics.json",
-                                     "scores.csv", "maps.npz", "qualitative.png"}
+    assert set(contents(folder)) == {"config.json", "data.json", "log.csv", "last.pt",
+                                     "metrics.json", "scores.csv", "maps.npz", "qualitative.png"}
     results = json.loads((folder / "metrics.json").read_text())
     for name in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_ap", "image_f1max"):
         assert 0 <= results[name] <= 1, name
@@ -40,8 +40,8 @@ def test_run_folder(small):
 
 def test_after_ten_steps_a_training_prints_how_long_it_takes(small, training):
     """Once, and within a factor of ten of what it took."""
-    lines = re.findall(r"^  about ([\d.]+) (seconds|minutes) for the remaining 390 steps, judged by "
-                       r"the first ten$", training[2].read_text(), re.MULTILINE)
+    lines = re.findall(r"^  about ([\d.]+) (seconds|minutes) for the remaining 390 steps, judged "
+                       r"by the first ten$", training[2].read_text(), re.MULTILINE)
     assert len(lines) == 1
     predicted = float(lines[0][0]) * {"seconds": 1, "minutes": 60}[lines[0][1]]
     seconds = json.loads((small[0] / "metrics.json").read_text())["seconds_train"]
@@ -248,7 +248,8 @@ def test_the_tables_mean_counts_zeros_and_leaves_out_what_is_undefined(capsys):
 
 @pytest.mark.parametrize("flags", [["--no-pe"], ["--no-sim-mask"], ["--drop-loss", "c"],
                                    ["--T", "5", "--schedule", "root"],
-                                   pytest.param(["--final-mask", "last"], marks=pytest.mark.picture),
+                                   pytest.param(["--final-mask", "last"],
+                                                marks=pytest.mark.picture),
                                    ["--preset", "authors", "--channels", "8", "--epochs", "1",
                                     "--resize", "32", "--crop", "32"]])
 def test_ablations_run(parts, flags):

@@ -398,6 +398,14 @@ def test_heads_are_float32_and_batches_do_not_mix(bf16):
         assert torch.allclose(a[1:2], b, atol=0.05 if bf16 else 1e-4)
 
 
+def test_identity_initialisation_returns_the_input():
+    model = tiny()
+    model.net.start_from_identity()
+    x, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([3, 20])
+    _, n_t, logit = model.predict(x, torch.zeros(2, 1, 16, 16), t)
+    assert torch.allclose(n_t, x, atol=1e-6) and 0 < logit.sigmoid().max() < 0.4
+
+
 # ---------------------------------------------------------------- the other device
 
 def test_one_code_path_for_cuda():
