@@ -86,6 +86,11 @@ OUT_OF_MEMORY = ("error: the GPU's memory is full ({}); --recompute and a smalle
                  "take less, and so does a smaller --batch, for a training with another --name")
 
 
+def warning_kind(message: str) -> str:
+    """The beginning of what a warning says after the name of its file."""
+    return message.split(": ")[-1][:12]
+
+
 def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a command so that it returns its exit status.
 
@@ -98,7 +103,7 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
         kinds: Counter = Counter()
 
         def show_warning(message, *_, **__) -> None:
-            kind = str(message).split(": ")[-1][:12]
+            kind = warning_kind(str(message))
             kinds[kind] += 1
             if kinds[kind] <= 3:
                 print(f"warning: {message}", file=sys.stderr)

@@ -60,7 +60,7 @@ def picture(value=100, size=32) -> np.ndarray:
 def mvtec_tree(root: Path, masks: bool = True) -> Path:
     """A category of four good training images, a good one and two defective ones for the test."""
     for k in range(4):
-        png(root / "train" / "good" / f"{k:03}.png", picture(k))
+        png(root / "train" / "good" / f"{k:03}.png", picture(k + 1))
     png(root / "test" / "good" / "000.png", picture(10))
     for k in range(2):
         png(root / "test" / "cut" / f"{k:03}.png", picture(20))

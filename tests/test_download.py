@@ -543,6 +543,22 @@ def test_check_names_all_faults_at_once(tmp_path, capsys):
     assert sum("cannot be read" in line for line in out.splitlines()) == 3
 
 
+def test_check_names_photos_that_are_probably_wrong_by_category(tmp_path, capsys):
+    for name in ("bolt", "nut"):
+        bolt(tmp_path / name)
+        for k in range(6):
+            grey = np.random.default_rng(k).integers(51200, 52000, (24, 32)).astype(np.uint16)
+            Image.fromarray(grey).save(tmp_path / name / f"train/good/{k:03}.png")
+    save(tmp_path / "nut/test/good/9.png", value=0)
+    status, out, lines = run("--check", tmp_path, capsys=capsys)
+    assert status == 0 and not lines and out.endswith("\nno faults; read the notes\n")
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    for name, line in zip(("bolt", "nut"), notes):
+        assert line.startswith(f"note: {tmp_path / name / 'train/good/000.png'}: only the upper 8")
+        assert line.endswith("(5 more like this)")
+    assert len(notes) == 3 and f"{tmp_path / 'nut/test/good/9.png'}: at most two grey" in notes[2]
+
+
 def test_check_knows_the_published_counts(tmp_path, capsys):
     path = bolt(tmp_path / "mvtec" / "bottle")
     status, out, _ = run("--check", path, capsys=capsys)

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
 from support import layouts
-from support.console import InputError, exit_status, progress_bar
+from support.console import InputError, exit_status, progress_bar, warning_kind
 from support.files import file_lock
 from support.images import doubts_about_mask, open_image, read_mask
 from support.layouts import Category
@@ -328,24 +329,32 @@ def check(folder: Path) -> int:
 def check_images(category: Category, name: str) -> tuple[set[tuple[int, int]], list[str]]:
     """Decode every image and mask of a category, and add what is wrong with them to its faults.
 
-    Returns the sizes of the images, (width, height), and a note for each mask that is empty or
-    probably wrong, and on training images that are test images, too.
+    Returns the sizes of the images, (width, height), and notes: for each kind of warning of the
+    decoder the first one and the number of the others, a line for each mask that is empty or
+    probably wrong, and a line on training images that are test images, too.
     """
     sizes, notes, faults = set(), [], category.faults
     pairs = [(image, None) for image in category.train] + [(item.path, item.mask)
                                                            for item in category.test]
-    for image, mask in progress_bar(pairs, name, unit="image", leave=False):
-        size = read_size(image, faults)
-        mask_size = read_size(mask, faults, is_mask=True) if mask else None
-        if mask_size and not read_mask(mask).any():
-            notes.append(f"{mask}: empty, so what is defective in {image.name} is not scored")
-        if mask_size:
-            notes += doubts_about_mask(mask)
-        if size:
-            sizes.add(size)
-        if size and mask_size and size != mask_size:
-            faults.append(f"{mask}: {mask_size[0]} x {mask_size[1]} pixels, its image "
-                          f"{size[0]} x {size[1]}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for image, mask in progress_bar(pairs, name, unit="image", leave=False):
+            size = read_size(image, faults)
+            mask_size = read_size(mask, faults, is_mask=True) if mask else None
+            if mask_size and not read_mask(mask).any():
+                notes.append(f"{mask}: empty, so what is defective in {image.name} is not scored")
+            if mask_size:
+                notes += doubts_about_mask(mask)
+            if size:
+                sizes.add(size)
+            if size and mask_size and size != mask_size:
+                faults.append(f"{mask}: {mask_size[0]} x {mask_size[1]} pixels, its image "
+                              f"{size[0]} x {size[1]}")
+    kinds: dict[str, list[str]] = {}
+    for line in dict.fromkeys(str(warning.message) for warning in caught):
+        kinds.setdefault(warning_kind(line), []).append(line)
+    notes += [lines[0] + (f" ({len(lines) - 1} more like this)" if len(lines) > 1 else "")
+              for lines in kinds.values()]
     with contextlib.suppress(OSError):                      # a file that is among the faults
         notes += layouts.describe_copies(category)
     return sizes, notes
