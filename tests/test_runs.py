@@ -116,15 +116,14 @@ def test_resume_takes_the_folders_settings_but_for_the_machine(folder, monkeypat
     monkeypatch.setattr(runs, "fast_bf16", lambda device: True)
     s = Settings(data="/new/parts", category="bolt", preset="cpu", lr=1e-3, steps=4400,
                  root="/new", device="cpu", precision="float32", memory_gb=1.0)
-    expected = dataclasses.replace(SAVED, data="/new/parts", root="/new", device="cpu",
-                                   memory_gb=1.0)
+    expected = dataclasses.replace(SAVED, data="/new/parts", device="cpu", memory_gb=1.0)
     assert resumed_settings(folder, s, {"data", "category"}) == expected
     assert resumed_settings(folder, s, {"steps"}) == dataclasses.replace(expected, steps=4400)
     epochs = dataclasses.replace(s, steps=0, epochs=7)
     assert resumed_settings(folder, epochs, {"epochs"}) == dataclasses.replace(expected, steps=0,
                                                                                epochs=7)
-    assert resumed_settings(folder, s, {"checkpoint_every", "recompute"}) == dataclasses.replace(
-        expected, checkpoint_every=1000, recompute=False)
+    assert resumed_settings(folder, s, {"root", "checkpoint_every", "recompute"}) \
+        == dataclasses.replace(expected, root="/new", checkpoint_every=1000, recompute=False)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(runs, "fast_bf16", lambda device: False)
     assert resumed_settings(folder, s, set()) == dataclasses.replace(expected, precision="float32")
