@@ -8,12 +8,12 @@ the bank.
 As published: Eq. 1-7, Algorithm 1 with its random projection, two levels of features (strides 8 and
 16), 3 x 3 neighbourhoods, bilinear upsampling, a Gaussian of sigma 4 px; with --preset paper the
 image size (256 px, cropped to 224) and the size of the bank (10 % of the patches). The authors'
-code omits Eq. 7, averages the concatenated channels down to 1024 (here all are kept) and projects
-to 128 dimensions (here to 32, which is faster).
+code omits Eq. 7, averages the concatenated channels down to 1024 (here: all) and projects to 128
+dimensions (here: 32, which is faster).
 Different here: EfficientNet-Lite0 replaces WideResNet-50-2 unless --weights-file is given. The bank
-of the presets `cpu` and `quick` has 4000 patches. There is no restoration: x_0 is the input itself.
-In this folder the image score is the maximum of the map (Eq. 11). To make it PatchCore's score of
-Eq. 7, each map is multiplied by one number.
+of the presets `cpu` and `quick` has 4000 patches. There is no restoration: x_0 is the input. The
+image score of this folder is the maximum of the map (Eq. 11); each map is multiplied by one number
+that makes it PatchCore's score (Eq. 7).
 """
 import torch
 import torch.nn.functional as F
@@ -61,12 +61,12 @@ def coreset(psi_M: Tensor, count: int, first: int = 0) -> Tensor:
     Algorithm 1, greedily: m <- argmax over M - M_C of min over n in M_C of |psi(m) - psi(n)|.
     psi_M: [N, d]; first: the index of the first one. Returns `count` indices.
     """
-    squares = psi_M.square().sum(1)
+    squares, columns = psi_M.square().sum(1), psi_M.T.contiguous()  # [d, N] is the faster layout
     distance = torch.full_like(squares, torch.inf)                  # squared, to the coreset so far
     chosen = [torch.tensor(first, device=psi_M.device)]
     while len(chosen) < count:
         new = chosen[-1]
-        distance = torch.minimum(distance, squares + squares[new] - 2 * (psi_M @ psi_M[new]))
+        distance = torch.minimum(distance, squares + squares[new] - 2 * (psi_M[new] @ columns))
         distance[new] = -torch.inf                                  # despite rounding
         chosen.append(distance.argmax())
     return torch.stack(chosen)
@@ -131,10 +131,14 @@ class PatchCore(Baseline):
     def before_training(self) -> None:
         self.net.load(self.weights_file)
 
+    def patches(self, image: Tensor) -> Tensor:
+        """Patch features [h, w, C] of one image [3, H, W]. On a CPU a batch would take longer."""
+        return patch_features(self.net(image[None]))[0]
+
     @torch.no_grad()
     def after_training(self, images: Tensor) -> None:
         """Eq. 4: M, the union of the images' patches; the bank is its coreset (Eq. 5)."""
-        M = torch.cat([patch_features(self.net(x)).flatten(0, 2) for x in images.split(16)])
+        M = torch.cat([self.patches(image).flatten(0, 1) for image in images])
         count = round(self.coreset * len(M)) if self.coreset < 1 else int(self.coreset)
         count = min(max(count, NEIGHBOURS), len(M))
         generator = torch.Generator().manual_seed(self.seed)
@@ -146,12 +150,11 @@ class PatchCore(Baseline):
         """x itself, and the anomaly map as M_disc. The maximum of each map is the score of Eq. 7,
         divided by the mean norm of the bank's patches."""
         maps, unit = [], self.bank.norm(dim=1).mean()
-        for patches in patch_features(self.net(x)):                            # [h, w, C]
-            h, w, _ = patches.shape
-            patches = patches.flatten(0, 1)
-            distance, match = nearest(patches, self.bank)
-            M = anomaly_map(distance.view(1, 1, h, w), x.shape[2:])
-            s = image_score(patches, self.bank, distance, match)
+        for image in x:
+            patches = self.patches(image)
+            distance, match = nearest(patches.flatten(0, 1), self.bank)
+            M = anomaly_map(distance.view(1, 1, *patches.shape[:2]), x.shape[2:])
+            s = image_score(patches.flatten(0, 1), self.bank, distance, match)
             maps.append(M / M.max().clamp_min(1e-12) * s / unit)
         M_disc = torch.cat(maps)
         return Restoration(x, M_disc, torch.zeros_like(M_disc), M_disc)

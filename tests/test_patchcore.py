@@ -217,6 +217,7 @@ def test_scores_of_a_saved_model_are_bit_identical(package, tmp_path):
     run.load()
     assert torch.equal(run.model.restore(x).M_disc, loaded.restore(x).M_disc)
     assert torch.equal(loaded.restore(x).x_0, x)           # there is no restoration
+    assert torch.equal(loaded.restore(x[1:2]).M_disc, loaded.restore(x).M_disc[1:2])
 
 
 def test_a_checkpoint_of_the_other_network_is_refused(package, tmp_path, capsys):
