@@ -61,6 +61,7 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)
     calibration: dict | None = None
     user_calibration: dict | None = None
+    saved_step: int = 0
 
     RECORD = ("step", "seconds", "rollbacks", "outliers", "running_mean", "epoch_steps", "log",
               "evaluations", "calibration", "user_calibration")
@@ -76,12 +77,19 @@ class Run:
         return self.settings.steps or self.settings.epochs * self.steps_per_epoch
 
     @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether a multiple of --checkpoint-every was reached since the last checkpoint."""
+        every = self.settings.checkpoint_every
+        return self.step // every > self.saved_step // every
+
+    @property
     def scored_model(self) -> Method:
         """The model that is scored: the averaged one where there is one."""
         return self.average.module if self.average else self.model
 
     def save(self) -> None:
         """Write last.pt, then log.csv. Raises InputError where the disk does not take them."""
+        self.saved_step = self.step
         if ranks.RANK:
             return
         state = {"format": FORMAT, "settings": dataclasses.asdict(self.settings),
@@ -107,6 +115,7 @@ class Run:
             self.average.n_averaged.fill_(state["step"])
         for name in self.RECORD:
             setattr(self, name, state[name])
+        self.saved_step = self.step
 
     def record(self, losses: dict[str, Tensor]) -> None:
         """Keep a step's losses and its gradient's norm before clipping, both by name.

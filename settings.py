@@ -182,7 +182,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     """
     values = vars(command_line().parse_args(argv))
     flags = argparse.Namespace(**{k: values.pop(k) for k in ("eval_every", "resume")})
-    flags.typed = set(values)
+    flags.typed = {k for k, value in values.items() if (k, value) != ("precision", "auto")}
     if flags.eval_every < 0:
         raise InputError(f"--eval-every {flags.eval_every}: must be at least 0, which is never")
     data = values.setdefault("data", "demo")
@@ -206,7 +206,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     s = dataclasses.replace(defaults, **{**values, "preset": preset, "device": str(device)})
     if s.precision == "auto":
         s = dataclasses.replace(s, precision="bf16" if fast_bf16(device) else "float32")
-    check(s)
+    if not flags.resume:                                  # else the folder's settings are checked
+        check(s)
     for name in ("resnet34", "weights_file"):
         path = getattr(s, name)
         if path and not os.path.isfile(path):

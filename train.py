@@ -26,7 +26,7 @@ from data import (RunData, find_categories, load_run_data, refuse_other_data, sa
 from evaluate import finish, network_calls, score_epoch
 from runs import (FORMAT, Diverged, Run, build_model, load_checkpoint, new_run,
                   refuse_other_settings, resumed_settings, run_folder, saved_settings)
-from settings import Settings, parse
+from settings import Settings, check, parse
 from support import ranks
 from support.console import InputError, StopRequest, duration, exit_status, progress_bar
 from support.files import locked_folder, read_json, save_json
@@ -93,13 +93,13 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
         if run.average:
             run.average.update_parameters(model)
         run.step, run.seconds = run.step + 1, perf_counter() - start
-        advance(bar)
+        advance(bar, run.rollbacks)
         finished = run.step == run.total_steps
         if finished or run.step % run.steps_per_epoch == 0:
             bar.set_postfix(run.close_epoch(rate), refresh=False)
             score_epoch(run, eval_every)
         asked = ranks.any_rank(stop.asked, device)
-        if finished or not run.outliers and (asked or run.step % s.checkpoint_every == 0):
+        if finished or not run.outliers and (asked or run.is_checkpoint_due):
             run.save()
             if asked:
                 return
@@ -180,10 +180,10 @@ def announce(run: Run) -> None:
           f"{s.precision}", flush=True)
 
 
-def advance(bar) -> None:
+def advance(bar, rollbacks: int = 0) -> None:
     """Move the progress bar by a step. After the first ten, print how long the others will take."""
     bar.update()
-    if bar.n == bar.initial + 10 < bar.total:
+    if bar.n == bar.initial + 10 < bar.total and not rollbacks:
         seconds = bar.format_dict["elapsed"] / 10 * (bar.total - bar.n)
         bar.write(f"  about {duration(seconds)} for the remaining {bar.total - bar.n} steps, "
                   f"judged by the first ten")
@@ -202,6 +202,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         s = resumed_settings(folder, s, flags.typed)
     else:
         refuse_other_settings(folder, s, flags.typed)
+    check(s)
     if (folder / "data.json").exists():
         refuse_other_data(folder, find_category(s.data, s.category, root_folder(s.root)))
     if (folder / "metrics.json").exists():

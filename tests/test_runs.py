@@ -9,7 +9,7 @@ import evaluate
 import runs
 import train
 from helpers import argv_for, refused, run_of
-from runs import Run, refuse_other_settings, resumed_settings
+from runs import Run, build_model, new_run, refuse_other_settings, resumed_settings
 from settings import LENGTH, Settings, fields_of, names_of
 from support.console import InputError
 from support.files import save_json
@@ -170,3 +170,17 @@ def test_an_older_checkpoint_loads_as_what_it_was(parts, capsys):
     assert not converted["calibration"] and not converted["user_calibration"]
     refused(capsys, [*argv, "--resume"], "was begun by an earlier version", "--name")
     assert dataclasses.asdict(s)["steps"] == 9
+
+
+def test_a_checkpoint_that_an_outlier_delays_is_due_until_it_is_saved(tmp_path):
+    s = Settings(channels=8, T=2, steps=100, checkpoint_every=10, device="cpu")
+    run = new_run(tmp_path, s, None, build_model(s))
+    due = []
+    for run.step in (9, 10, 11, 13):
+        due.append(run.is_checkpoint_due)
+    run.save()
+    for run.step in (14, 19, 20):
+        due.append(run.is_checkpoint_due)
+    assert due == [False, True, True, True, False, False, True]
+    run.load()
+    assert run.step == 13 and not run.is_checkpoint_due

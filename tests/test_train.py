@@ -377,3 +377,24 @@ def test_what_the_crop_takes_from_the_ground_truth_is_printed(parts):
                        (64, "ground truth: 4 regions in 2 masks, 4 where they are scored; ")):
         notes = load_run_data(dataclasses.replace(s, crop=crop)).notes
         assert [note for note in notes if note.startswith(line)], notes
+
+
+def test_resume_checks_the_settings_of_the_folder_and_not_those_of_a_default_preset(
+        parts, monkeypatch):
+    """A crop of 104 pixels is larger than the 96 pixels of the cpu preset, which is the default."""
+    argv = argv_for(parts, "--steps", "6", "--resize", "128", "--crop", "104", "--preset", "cpu")
+    interrupt(monkeypatch, 2)
+    assert train.main(argv) == 130
+    monkeypatch.undo()
+    identity = ["--data", str(parts), "--category", "bolt", "--out", str(parts.parent / "runs"),
+                "--device", "cpu", "--resume"]
+    assert train.main([*identity, "--crop", "104", "--precision", "auto"]) == 0
+    assert json.loads((run_of(parts) / "config.json").read_text())["crop"] == 104
+
+
+def test_the_time_is_not_announced_again_after_a_return_to_a_checkpoint(capsys):
+    for rollbacks, lines in ((0, 1), (1, 0)):
+        with train.progress_bar(total=30) as bar:
+            for _ in range(12):
+                train.advance(bar, rollbacks)
+        assert capsys.readouterr().out.count("judged by the first ten") == lines
