@@ -468,7 +468,10 @@ def fingerprint(category: Category) -> str:
 
 
 def save_data_record(folder: Path, run_data: RunData) -> None:
-    """Write data.json: the data set of a run, its split, and its number of textures."""
+    """Write data.json, unless the folder has one: the data set of a run, its split, and its number
+    of textures."""
+    if (folder / "data.json").exists():
+        return
     category, paths = run_data.category, run_data.images.paths
     save_json(folder / "data.json", {
         "root": str(category.root.resolve()), "files": fingerprint(category),

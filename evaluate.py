@@ -24,13 +24,14 @@ from data import (Images, RunData, Textures, load_run_data, name_in, save_data_r
 from metrics import CalibrationScores, threshold
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import Run, load_model, result_path, saved_settings
-from settings import Settings, check, clean_data, fields_of
+from settings import Settings, check, fields_of
 from support import ranks
 from support.console import InputError, exit_status, progress_bar
 from support.devices import hardware, pick_device
 from support.files import (float_array, locked_folder, save_atomically, save_csv_if_possible,
                            save_json)
 from support.flags import add_flags
+from support.layouts import clean_data
 from support.pictures import draw_rows, pick_rows
 from support.report import print_table, print_threshold_check
 from transfusion import Method, Restoration, anomaly_score, final_mask, forward_process
@@ -118,10 +119,7 @@ def run_after_training(model: Method, s: Settings, run_data: RunData) -> None:
     device = next(model.parameters()).device
     indices = run_data.train_indices[:model.IMAGES_AFTER_TRAINING]
     model.eval()
-    try:
-        model.after_training(scale(run_data.images[indices].to(device)))
-    except ValueError as error:
-        raise InputError(str(error))
+    model.after_training(scale(run_data.images[indices].to(device)))
 
 
 def seconds_per_image(model: Method, s: Settings, images: Images) -> float:
@@ -192,19 +190,17 @@ def finish(run: Run) -> dict:
     if len(run_data.held_out):
         print("  scoring normal images, for the threshold", flush=True)
     scores = calibration_scores(model, s, run_data)
+    limit = scores and threshold(scores, s.false_alarms)
     run.calibration = scores and asdict(scores)
     run.save()
     if scores:
-        print(f"  {metrics.describe_threshold(scores, threshold(scores, s.false_alarms))}")
+        print(f"  {metrics.describe_threshold(scores, limit)}")
     if run_data.test:
         results = write_results(run)
     else:
         results = {"data": run_data.category.data, "category": s.category, "seed": s.seed,
-                   "step": run.step, "threshold": None, "synthetic_found": None}
-        if scores:
-            limit = threshold(scores, s.false_alarms)
-            results.update(threshold=limit.value,
-                           synthetic_found=metrics.synthetic_detection_rate(scores, limit))
+                   "step": run.step, "threshold": scores and limit.value,
+                   "synthetic_found": scores and metrics.synthetic_detection_rate(scores, limit)}
         save_json(run.folder / "metrics.json", results)
         print("  no test images: trained, but not scored")
     if scores and not any(item.label for item in run_data.category.test):
@@ -314,8 +310,7 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     if not run_data.test:
         raise InputError(f"{run_data.category.root}: no test images to score")
     with locked_folder(folder):
-        if not (folder / "data.json").exists():            # of weights that were imported
-            save_data_record(folder, run_data)
+        save_data_record(folder, run_data)                 # imported weights have none yet
         if not calibration and model.TRAINS:
             run_after_training(model, s, run_data)
         scores = calibration_scores(model, s, run_data)

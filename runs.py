@@ -13,12 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from baselines import METHODS
 from data import RunData
-from settings import LENGTH, Settings, names_of
+from settings import LENGTH, Settings, fields_of, names_of
 from support import ranks
 from support.console import InputError
 from support.devices import fast_bf16
 from support.files import folder_name, read_json, save_atomically, save_csv_if_possible
-from support.flags import flag_of
+from support.flags import flag_of, wrong_types
 from support.layouts import FOLDERS
 from support.weights import load_torch, load_weights
 from transfusion import Method
@@ -182,10 +182,7 @@ def build_model(s: Settings) -> Method:
     if s.method not in METHODS:
         raise InputError(f"method {s.method}: not known here; {', '.join(METHODS)}")
     torch.manual_seed(s.seed)
-    try:
-        model = METHODS[s.method].build(s)
-    except ValueError as error:
-        raise InputError(str(error))
+    model = METHODS[s.method].build(s)
     if s.init == "identity":
         model.net.start_from_identity()
     return model
@@ -230,8 +227,6 @@ def refuse_other_settings(folder: Path, s: Settings, typed: set[str]) -> None:
     Where a run's data lies is `data.refuse_other_data`'s.
     """
     saved = saved_settings(folder)
-    if not saved:
-        return
     ignored = names_of("machine") | ({"precision"} - typed)
     if not {saved.data, s.data} & set(FOLDERS):
         ignored |= {"data"}
@@ -284,10 +279,8 @@ def load_checkpoint(path: Path) -> tuple[Settings, dict]:
     if state["format"] > FORMAT:
         raise InputError(f"{path} was written by a newer version (format {state['format']}, this "
                          f"one reads up to {FORMAT}); update the code")
-    types = {f.name: f.type for f in dataclasses.fields(Settings)}
-    settings = {k: v for k, v in state["settings"].items() if k in types}
-    wrong = [f"{k} {v!r}" for k, v in settings.items()
-             if type(v) is not types[k] and not (types[k] is float and type(v) is int)]
+    settings = {k: v for k, v in state["settings"].items() if k in names_of()}
+    wrong = wrong_types(fields_of(), settings)
     if wrong:
         raise InputError(f"{path} holds settings of a wrong type ({', '.join(wrong)[:100]})")
     if state["format"] < 4:                                # other names for the same scores

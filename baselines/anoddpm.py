@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.common import Baseline, UNet, at, clean_estimate, noise_schedule, noised
+from support.console import InputError
 from transfusion import Restoration, even_path, reconstruction_error
 
 SCALE = 57.4            # gives an octave the standard deviation of the authors' noise, 0.31
@@ -110,7 +111,7 @@ class AnoDDPM(Baseline):
         large = s.crop >= 128
         widths, attention = ((1, 1, 2, 2, 4, 4), (3, 4, 5)) if large else ((1, 2, 2, 4), (2, 3))
         if s.crop % (2 ** (len(widths) - 1)):
-            raise ValueError(f"--crop {s.crop}: must be a multiple of {2 ** (len(widths) - 1)}")
+            raise InputError(f"--crop {s.crop}: must be a multiple of {2 ** (len(widths) - 1)}")
         self.net = UNet(3, 3, s.channels, widths, 2 if large else 1, attention)
         self.octaves = 6 if large else 4
         self.register_buffer("abar", noise_schedule(1e-4, 0.02), False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet34
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from support.console import InputError
 from transfusion import Attention, Method, Resample, TimeEmbedding, ssim
 
 
@@ -218,7 +219,7 @@ class VAE(nn.Module):
 def resnet(weights: str, required: bool = False) -> nn.Module:
     """torchvision's ResNet-34 with the weights of a file; returns the outputs of layers 1, 2 and 3.
 
-    If the file does not exist, the weights are random. Raises ValueError for a file with other
+    If the file does not exist, the weights are random. Raises InputError for a file with other
     content, and for a missing file if it is required.
     """
     net = resnet34()
@@ -226,7 +227,7 @@ def resnet(weights: str, required: bool = False) -> nn.Module:
         if Path(weights).is_file():
             net.load_state_dict(torch.load(weights, weights_only=True))
         elif required:
-            raise ValueError(f"--resnet34 {weights}: gone since the training began; put it back")
+            raise InputError(f"--resnet34 {weights}: gone since the training began; put it back")
     except (RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError):
-        raise ValueError(f"--resnet34 {weights}: not the weights of torchvision's resnet34")
+        raise InputError(f"--resnet34 {weights}: not the weights of torchvision's resnet34")
     return create_feature_extractor(net, ["layer1", "layer2", "layer3"])

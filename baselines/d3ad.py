@@ -28,6 +28,7 @@ from torchvision.transforms.functional import normalize
 from baselines.common import (VAE, Baseline, UNet, at, clean_estimate, ddim_step,
                               noise_schedule, noised, resnet)
 from baselines.draem import damaged_image, opacity
+from support.console import InputError
 from transfusion import Restoration, even_path
 
 T_MAX, BINS, LEAST, NEIGHBOURS, POOL = 80, 10, 2, 20, 8
@@ -71,7 +72,7 @@ class D3AD(Baseline):
         super().__init__(s.precision == "bf16")
         large = s.crop >= 128
         if large and s.crop % 32:
-            raise ValueError(f"--crop {s.crop}: must be a multiple of 32")
+            raise InputError(f"--crop {s.crop}: must be a multiple of 32")
         self.omega, self.guidance, self.resnet34 = s.omega, s.guidance, s.resnet34
         self.vae = VAE(s.channels // 2, (1, 2, 4, 4) if large else (1, 2, 2))
         self.phi = resnet(s.resnet34) if s.resnet34 else copy.deepcopy(self.vae.encoder)
@@ -166,7 +167,7 @@ class D3AD(Baseline):
 
     def after_training(self, images: Tensor) -> None:
         """Adapt phi for one epoch by Eq. 10, from its unadapted weights; then compute the bank and
-        all ranges. images: training images [N, 3, H, W] in [-1, 1]. Raises ValueError if the file
+        all ranges. images: training images [N, 3, H, W] in [-1, 1]. Raises InputError if the file
         of --resnet34 no longer exists."""
         rng = torch.Generator().manual_seed(0)
         unadapted = resnet(self.resnet34, required=True) if self.resnet34 else self.vae.encoder

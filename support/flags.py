@@ -23,6 +23,13 @@ def add_flags(parser, fields: list[dataclasses.Field]) -> None:
                                 metavar=metavar)
 
 
+def wrong_types(fields: list[dataclasses.Field], values: dict) -> list[str]:
+    """The names and values whose type is not that of their field; an int may stand for a float."""
+    types = {f.name: f.type for f in fields}
+    return [f"{name} {value!r}" for name, value in values.items() if type(value) is not types[name]
+            and not (types[name] is float and type(value) is int)]
+
+
 class Moved(argparse.Action):
     """A flag of an earlier version. Raises InputError, which names the command that replaces it."""
 

@@ -423,6 +423,13 @@ def is_texture(data: str, name: str) -> bool:
     return data == "mvtec" and name in TEXTURES
 
 
+def clean_data(data: str) -> str:
+    """--data as it is kept: parts/, ./parts and parts are one run, and ./demo is no data set."""
+    is_path = os.path.dirname(data) or data.startswith((".", "~"))
+    data = os.path.normpath(os.path.expanduser(data))
+    return os.path.join(".", data) if is_path and data in FOLDERS else data
+
+
 def root_folder(folder: str = "") -> Path:
     """The data root: `folder`, or the environment variable TRANSFUSION_DATA, or ./data."""
     return Path(folder or os.environ.get("TRANSFUSION_DATA", "data")).expanduser()

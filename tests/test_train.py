@@ -393,8 +393,8 @@ def test_resume_checks_the_settings_of_the_folder_and_not_those_of_a_default_pre
 
 
 def test_the_time_is_not_announced_again_after_a_return_to_a_checkpoint(capsys):
-    for rollbacks, lines in ((0, 1), (1, 0)):
+    for announce, lines in ((True, 1), (False, 0)):
         with train.progress_bar(total=30) as bar:
             for _ in range(12):
-                train.advance(bar, rollbacks)
+                train.advance(bar, announce)
         assert capsys.readouterr().out.count("judged by the first ten") == lines

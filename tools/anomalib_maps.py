@@ -29,12 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one fol
 
 from data import SCORING_GRID, name_in
 from score_maps import find_run_category, write_maps
-from settings import clean_data
 from support.console import InputError, exit_status, progress_bar
 from support.devices import hardware, pick_device
 from support.files import float_array, read_json
 from support.images import open_image, to_rgb
-from support.layouts import Category, find_category, root_folder
+from support.layouts import Category, clean_data, find_category, root_folder
 
 INSTALL = 'anomalib is not installed: pip install "anomalib==2.7.*" (0.5 GB beside PyTorch)'
 # Length and batch of a training in each method's paper. anomalib sets neither for these models.

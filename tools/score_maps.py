@@ -26,11 +26,11 @@ import metrics
 from data import SCORING_GRID, load_mask, name_in, refuse_other_data, scoring_side
 from evaluate import final_maps, image_scores
 from runs import saved_settings
-from settings import clean_data
 from support.console import InputError, exit_status, progress_bar
 from support.files import (float_array, locked_folder, make_folder, read_json, save_atomically,
                            save_csv, save_json)
-from support.layouts import FOLDERS, Category, find_category, find_files, root_folder, unread_files
+from support.layouts import (FOLDERS, Category, clean_data, find_category, find_files, root_folder,
+                             unread_files)
 from support.report import print_table
 
 SUFFIXES = (".tiff", ".tif", ".npy")
