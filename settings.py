@@ -255,8 +255,8 @@ def check(s: Settings) -> None:
         value, low, high, choices = (getattr(s, f.name),
                                      *(f.metadata[key] for key in ("low", "high", "choices")))
         if f.type in (int, float) and not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise InputError(f"{flag_of(f.name)} {value}: must be {limits}")
+            limits = f"be at least {low}" if high == math.inf else f"lie in {low}..{high}"
+            raise InputError(f"{flag_of(f.name)} {value}: must {limits}")
         if choices and value not in (*choices, f.default):      # of a value from no command line
             raise InputError(f"{f.name} {value!r}: one of {', '.join(choices)}")
     if s.ema == 1:

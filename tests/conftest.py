@@ -12,7 +12,8 @@ import torch
 import demo
 import evaluate
 import train
-from helpers import argv_for, mvtec_tree, write_parts
+import transfusion
+from helpers import ShallowUNet, argv_for, mvtec_tree, write_parts
 
 torch.set_num_threads(1)        # most models here are so small that two threads wait for each other
 
@@ -23,6 +24,10 @@ SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels",
 SYNTHETIC = 8                   # in place of 64: most tests score a model that has learned nothing
 
 
+# Fixtures of what is made in another process beside the tests that do without it.
+LATE = {"small", "executed", "whole_demo"}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_synthetic_defects():
     with pytest.MonkeyPatch.context() as patch:
@@ -31,12 +36,21 @@ def few_synthetic_defects():
 
 
 @pytest.fixture(autouse=True)
-def no_picture(request, monkeypatch):
-    """The picture of a run takes longer than its training here: without the mark "picture" the file
-    holds other bytes every time."""
-    if not request.node.get_closest_marker("picture"):
-        monkeypatch.setattr(evaluate, "draw_restorations",
-                            lambda file, *_: file.write(os.urandom(16)))
+def stand_ins(request):
+    """What takes most of a small training's time is replaced where a test is not about it.
+
+    Without the mark "network", a network has two blocks in place of 23; tests with the mark "slow",
+    and those that read what another process has trained, have the whole one. Without the mark
+    "picture", the picture of a run holds other bytes every time.
+    """
+    marks = {mark.name for mark in request.node.iter_markers()}
+    with pytest.MonkeyPatch.context() as patch:
+        if "picture" not in marks:
+            patch.setattr(evaluate, "draw_restorations",
+                          lambda file, *_: file.write(os.urandom(16)))
+        if not marks & {"network", "slow"} and not LATE & {*request.fixturenames}:
+            patch.setattr(transfusion, "ResUNet", ShallowUNet)
+        yield
 
 
 @pytest.fixture
@@ -59,6 +73,7 @@ def trained_parts(tmp_path_factory) -> Path:
     write_parts(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "draw_restorations", lambda file, *_: file.write(os.urandom(16)))
+        patch.setattr(transfusion, "ResUNet", ShallowUNet)
         assert train.main(argv_for(folder / "parts")) == 0
     return folder
 
@@ -90,9 +105,6 @@ def whole_demo(training, data_folder) -> Path:
     """A folder that holds the demo data as demo/CATEGORY."""
     trained(training)
     return data_folder
-
-
-LATE = {"small", "executed", "whole_demo"}
 
 
 @pytest.fixture(scope="session", autouse=True)

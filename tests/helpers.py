@@ -15,7 +15,7 @@ import predict
 import train
 from settings import Settings
 from support import layouts
-from transfusion import TransFusion
+from transfusion import PE_CHANNELS, Block, ResUNet, TimeEmbedding, TransFusion
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent                                       # of the repository
@@ -147,6 +147,32 @@ def refused(capsys, argv: list[str], *expected: str, command=train.main) -> None
 
 
 # ---------------------------------------------------------------- models
+
+class ShallowUNet(ResUNet):
+    """A `ResUNet` of two residual blocks at full resolution and a tenth of its time.
+
+    For the tests of what surrounds a network: commands, files, checkpoints, the loop.
+    """
+
+    def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
+                 attention_norm: bool = False, recompute: bool = False):
+        torch.nn.Module.__init__(self)
+        self.pe, self.guide, self.recompute = pe, guide, recompute
+        c, c_time = channels, 4 * channels
+        self.image_proj = conv(3 + int(guide) + PE_CHANNELS[pe], c)
+        self.time_emb = TimeEmbedding(c)
+        self.down = torch.nn.ModuleList()
+        self.middle = Block(c, c, c_time, False, attention_norm)
+        self.up = torch.nn.ModuleList([Block(2 * c, c, c_time, False, attention_norm)])
+        self.anomaly_head = torch.nn.Sequential(torch.nn.GroupNorm(8, c), torch.nn.SiLU(),
+                                                conv(c, 3))
+        self.normal_head = conv(c, 3)
+        self.mask_head = torch.nn.Sequential(torch.nn.BatchNorm2d(c), torch.nn.SiLU(), conv(c, 1))
+
+
+def conv(c_in: int, c_out: int) -> torch.nn.Conv2d:
+    return torch.nn.Conv2d(c_in, c_out, 3, padding=1)
+
 
 def tiny(**kw) -> TransFusion:
     torch.manual_seed(0)

@@ -8,6 +8,8 @@ import pytest
 import bench
 from settings import Settings
 
+pytestmark = pytest.mark.network
+
 
 def test_table_and_json(whole_demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIDE", 1024)

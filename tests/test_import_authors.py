@@ -13,6 +13,8 @@ from helpers import AUTHORS, HERE, argv_for, authors_state, contents, refused, r
 from runs import load_model, saved_settings
 from transfusion import TransFusion
 
+pytestmark = pytest.mark.network
+
 
 # ---------------------------------------------------------------- the authors' numbers
 

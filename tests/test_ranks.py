@@ -20,6 +20,8 @@ from settings import parse
 from support import ranks
 from support.files import make_folder
 
+pytestmark = pytest.mark.network
+
 STEPS = 20
 SCRIPT = f"""
 import sys

@@ -104,6 +104,7 @@ def test_another_folder_of_the_same_name_leaves_the_results_alone(factory, capsy
         assert contents(run) == before
 
 
+@pytest.mark.network
 def test_weights_of_the_authors_are_not_scored_on_one_folder_after_another(factory, capsys):
     parts, other = factory / "parts", factory / "customer/parts"
     shutil.copytree(parts, other)

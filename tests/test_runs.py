@@ -132,6 +132,7 @@ def test_resume_takes_the_folders_settings_but_for_the_machine(folder, monkeypat
 
 # ---------------------------------------------------------------- older checkpoints
 
+@pytest.mark.network
 def test_an_older_checkpoint_loads_as_what_it_was(parts, capsys):
     argv = argv_for(parts, "--no-attention-norm", "--name", "old", "--steps", "9",
                     "--checkpoint-every", "3")

@@ -103,6 +103,7 @@ def same_training(a, b) -> None:
     assert logs[0] == logs[1] and len(logs[0]) == 4                  # 11 steps, 3 an epoch
 
 
+@pytest.mark.network
 def test_an_interrupted_run_resumes_bit_identically(parts, capsys, monkeypatch):
     assert train.main(argv_for(parts, "--steps", "11", "--name", "whole")) == 0
     argv = argv_for(parts, "--steps", "11", "--name", "broken")

@@ -12,6 +12,8 @@ import transfusion as tf
 from helpers import AUTHORS, tiny
 from transfusion import TransFusion
 
+pytestmark = pytest.mark.network
+
 
 def random_parts(seed=0, B=2, S=6):
     g = torch.Generator().manual_seed(seed)
