@@ -62,7 +62,7 @@ def restore_all(model: Method, images: Images, indices, s: Settings):
 def raw_maps(model: Method, images: Images, indices, s: Settings) -> dict[str, np.ndarray]:
     """Unfiltered M_disc, M_recon and last M of images[indices], float32 [N, H, W], by name."""
     maps = {name: float_array((len(indices), s.crop, s.crop), s.memory_gb)
-            for name in ("M_disc", "M_recon", "M_last")}
+            for name in Restoration._fields[1:]}
     for batch, restored in restore_all(model, images, indices, s):
         for name in maps:
             maps[name][batch] = getattr(restored, name)[:, 0].cpu().numpy()
@@ -295,10 +295,11 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     changes: values of Settings by name, of the groups "scoring" and "machine", and "data" where the
     run's images have moved. With another scoring only metrics-*.json is written. Raises InputError.
     """
-    model, trained, state = load_model(folder / "last.pt", pick_device(device))
+    device = pick_device(device)
+    model, trained, state = load_model(folder / "last.pt", device)
     if changes.get("final_mask") == "last":
         changes = {"infer_steps": 0, **changes}            # M_1 is the last of all steps alone
-    s = dataclasses.replace(trained, device=str(pick_device(device)), **changes)
+    s = dataclasses.replace(trained, device=str(device), **changes)
     check(s)
     network_calls(model, s)
     config = saved_settings(folder) or trained             # of a longer training, perhaps

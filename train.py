@@ -69,7 +69,8 @@ def train(run: Run, eval_every: int = 0) -> None:
 def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
     """The training loop, to the last step or, saved, to where it is asked to stop.
 
-    Raises Diverged; the run has to return to its last checkpoint then.
+    While the last steps are outliers, nothing is saved. Raises Diverged; the run has to return to
+    its last checkpoint then.
     """
     s, model, device = run.settings, run.model, torch.device(run.settings.device)
     network = model if ranks.COUNT == 1 else DistributedDataParallel(

@@ -544,8 +544,8 @@ def test_the_usual_losses_of_a_stage_are_no_measure_for_another_one(parts, monke
 @pytest.mark.picture
 @pytest.mark.parametrize("method", [name for name in OTHERS if METHODS[name].trains])
 def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):
-    argv = argv_for(parts, "--method", method, "--channels", "16", "--steps", "10", "--warmup", "0",
-                    "--checkpoint-every", "5", "--ema", "0.5")
+    argv = argv_for(parts, "--method", method, "--channels", "16", "--steps", "4", "--warmup", "0",
+                    "--checkpoint-every", "2", "--ema", "0.5")
     if method == "draem":                                 # it has one pass
         index = argv.index("--infer-steps")
         del argv[index:index + 2]
@@ -555,13 +555,13 @@ def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):
     whole, resumed = (folder / f"bolt-{method}-{name}" for name in ("whole", "resumed"))
     save = runs.Run.save
 
-    def stop_at_5(run):
+    def stop_at_2(run):
         save(run)
-        if run.step == 5:
+        if run.step == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Run, "save", stop_at_5)
+        patch.setattr(runs.Run, "save", stop_at_2)
         assert train.main([*argv, "--name", "resumed"]) == 130
     assert train.main([*argv, "--name", "resumed", "--resume"]) == 0
     a, b = (torch.load(run / "last.pt", weights_only=True) for run in (whole, resumed))

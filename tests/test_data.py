@@ -265,6 +265,7 @@ def test_a_broken_image_is_found_before_the_training_even_where_none_is_kept(bol
 
 # ---------------------------------------------------------------- real images, where there are any
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bottle", "screw"])
 def test_foreground_holds_the_annotated_defects_of_mvtec(name):
     root = os.environ.get("TRANSFUSION_DATA", "")

@@ -22,7 +22,7 @@ from support.files import make_folder
 
 pytestmark = pytest.mark.network
 
-STEPS = 20
+STEPS = 10
 SCRIPT = f"""
 import sys
 sys.path[:0] = {[str(ROOT), str(HERE)]}
@@ -99,7 +99,7 @@ def train_with_a_bad_batch(out, s, run_data):
 def torchrun(*argv):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node", "2", *argv], text=True, capture_output=True,
-                          timeout=300, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          timeout=600, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -36,10 +36,9 @@ def same(a, b) -> bool:
 
 # ---------------------------------------------------------------- the norm before attention
 
-@pytest.mark.network
-@pytest.mark.parametrize("flag, holds", [
-    ("--attention-norm", True),
-    pytest.param("--no-attention-norm", False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flag, holds", [("--attention-norm", True),
+                                         ("--no-attention-norm", False)])
 def test_attention_holds_at_a_rate_it_ran_away_at(flag, holds, demo_root, tmp_path):
     """Ten times the preset's rate: logits of 350 to 500 with the norm, 1e10 and more without it."""
     s, _ = parse(["--preset", "quick", "--category", "fabric", "--resize", "32", "--channels", "8",
@@ -160,7 +159,6 @@ def test_one_bad_batch_at_the_same_place_does_not_end_the_training(parts, nan_ba
         ("3", "0", 1e-3), ("6", "1", 5e-4), ("9", "1", 5e-4)]           # 3 steps an epoch
 
 
-@pytest.mark.network
 @pytest.mark.parametrize("sick", ["batch", "gradient"])
 def test_after_the_return_the_training_is_that_of_the_checkpoint(sick, parts, monkeypatch, capsys):
     """Bit for bit, before the next step: weights, BatchNorm's statistics, moments, average."""
