@@ -2,7 +2,7 @@
 
     python evaluate.py runs/mvtec/cable --infer-steps 5      score a run's model again
 
-Eq. 10 and 11 are transfusion.py's, the metrics metrics.py's; this is what lies between.
+It restores the images, turns their maps into scores (Eq. 10, 11) and these into metrics.
 """
 import argparse
 import dataclasses
@@ -111,7 +111,7 @@ def score(model: Method, s: Settings, run_data: RunData):
     return *score_maps(maps, run_data.category.labels, run_data.masks, s), maps
 
 
-def run_after_training(model: Method, s: Settings, run_data: RunData) -> None:
+def run_after_training(model: Method, run_data: RunData) -> None:
     """Show a trained model the training images once more, where its method asks for it. Raises
     InputError where the method lacks something."""
     if not model.IMAGES_AFTER_TRAINING:
@@ -185,7 +185,7 @@ def finish(run: Run) -> dict:
     """
     s, run_data, model = run.settings, run.data, run.scored_model
     start = time.perf_counter()
-    run_after_training(model, s, run_data)
+    run_after_training(model, run_data)
     run.seconds += time.perf_counter() - start
     if len(run_data.held_out):
         print("  scoring normal images, for the threshold", flush=True)
@@ -196,7 +196,7 @@ def finish(run: Run) -> dict:
     if scores:
         print(f"  {metrics.describe_threshold(scores, limit)}")
     if run_data.test:
-        results = write_results(run)
+        results = write_results(run, run.folder / "metrics.json")
     else:
         results = {"data": run_data.category.data, "category": s.category, "seed": s.seed,
                    "step": run.step, "threshold": scores and limit.value,
@@ -213,9 +213,9 @@ def finish(run: Run) -> dict:
     return results
 
 
-def write_results(run: Run, path: Path | None = None) -> dict:
-    """Score a run's model. Returns its metrics, and writes them to `path` or to metrics.json; with
-    the latter come scores.csv, maps.npz and qualitative.png."""
+def write_results(run: Run, path: Path) -> dict:
+    """Score a run's model. Returns its metrics, and writes them to `path`. Beside metrics.json,
+    scores.csv, maps.npz and qualitative.png are written, too."""
     s, run_data, model = run.settings, run.data, run.scored_model
     items = run_data.category.test
     print(f"  scoring {len(items)} test images", flush=True)
@@ -230,11 +230,11 @@ def write_results(run: Run, path: Path | None = None) -> dict:
                    seconds_per_image=seconds_per_image(model, s, run_data.test),
                    infer_steps=network_calls(model, s), precision=s.precision,
                    device=s.device, hardware=hardware(s.device), torch=torch.__version__)
-    if path:
+    if path.name != "metrics.json":
         save_json(path, results)
         return results
     save_atomically(run.folder / "maps.npz", lambda file: np.savez_compressed(file, **maps))
-    save_json(run.folder / "metrics.json", results)
+    save_json(path, results)
     save_csv_if_possible(
         run.folder / "scores.csv",
         [{"file": name_in(run_data.category, item.path), "label": item.label,
@@ -246,11 +246,11 @@ def write_results(run: Run, path: Path | None = None) -> dict:
 
 
 def score_epoch(run: Run, every: int) -> None:
-    """--eval-every: score the test set where the epoch is due and the training is well."""
+    """--eval-every: score the test set every N epochs, unless recent steps were outliers."""
     epoch = run.log[-1]["epoch"]
     if not every or epoch % every or run.outliers or ranks.RANK:
         return
-    run_after_training(run.scored_model, run.settings, run.data)
+    run_after_training(run.scored_model, run.data)
     results, *_ = score(run.scored_model, run.settings, run.data)
     run.scored_model.train()
     run.evaluations.append({"epoch": epoch, "step": run.step, **results})
@@ -298,27 +298,27 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     device = pick_device(device)
     model, trained, state = load_model(folder / "last.pt", device)
     if changes.get("final_mask") == "last":
-        changes = {"infer_steps": 0, **changes}            # M_1 is the last of all steps alone
+        changes = {"infer_steps": 0, **changes}        # M_1 exists only if every step is visited
     s = dataclasses.replace(trained, device=str(device), **changes)
     check(s)
     network_calls(model, s)
     config = saved_settings(folder) or trained             # of a longer training, perhaps
     calibration = state.get("calibration")
-    unfinished = (not calibration and state["step"] > 0 and s.hold_out > 0
-                  or (config.steps, config.epochs) != (trained.steps, trained.epochs))
     run_data = load_run_data(s, training=False, folder=folder)
-    print("".join(f"  {note}\n" for note in run_data.notes if note[:7] == "warning"), end="")
+    total_steps = config.steps or config.epochs * run_data.steps_per_epoch(config.batch)
+    unfinished = state["step"] > 0 and (state["step"] < total_steps
+                                        or not calibration and s.hold_out > 0)
+    print("".join(f"  {note}\n" for note in run_data.notes if note.startswith("warning")), end="")
     if not run_data.test:
         raise InputError(f"{run_data.category.root}: no test images to score")
     with locked_folder(folder):
         save_data_record(folder, run_data)                 # imported weights have none yet
         if not calibration and model.TRAINS:
-            run_after_training(model, s, run_data)
+            run_after_training(model, run_data)
         scores = calibration_scores(model, s, run_data)
         run = Run(folder, s, run_data, model, step=state["step"], seconds=state["seconds"],
                   calibration=scores and asdict(scores))
-        path = result_path(folder, s, trained, state["step"] if unfinished else 0)
-        return write_results(run, None if path.name == "metrics.json" else path)
+        return write_results(run, result_path(folder, s, trained, state["step"] * unfinished))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -326,11 +326,11 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Score the model of a run folder again.",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/mvtec/cable")
-    add_flags(parser.add_argument_group("scoring"), fields_of("scoring"))
+    add_flags(parser.add_argument_group("scoring"), fields_of("scoring"), default="the run's")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--data", metavar="DIR", help="where the run's images have moved to")
     add_flags(machine, [f for f in fields_of("machine")
-                        if f.name in ("root", "device", "memory_gb", "eval_batch")])
+                        if f.name in ("root", "device", "memory_gb", "eval_batch")], "the run's")
     return parser
 
 

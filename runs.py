@@ -25,9 +25,9 @@ from transfusion import Method
 
 FORMAT = 4                                          # version of the checkpoint's layout
 
-# A step is an outlier where its loss or gradient norm is OUTLIER_FACTOR times the mean over the
-# last WINDOW steps. The counter rises with each outlier and falls with each other step. Above
-# MAX_OUTLIERS, or above MAX_OUTLIERS_AT_END at the last step, the training has diverged.
+# A step is an outlier where its loss or gradient norm is more than OUTLIER_FACTOR times the running
+# mean over about WINDOW steps. The counter rises with each outlier and falls with each other step.
+# Above MAX_OUTLIERS, or MAX_OUTLIERS_AT_END at the last step, the training has diverged.
 OUTLIER_FACTOR = {"loss": 3, "gradient": 10}
 WINDOW, BURN_IN, MAX_OUTLIERS, MAX_OUTLIERS_AT_END = 100, 20, 20, 3
 
@@ -42,8 +42,8 @@ class Run:
 
     Without an optimizer it is a model to evaluate. seconds: of training. rollbacks: its returns to
     a checkpoint. outliers, running_mean: see `record`. epoch_steps: the losses of the epoch's
-    steps. log, evaluations: rows of log.csv and eval.csv. calibration: a `CalibrationScores` as a
-    dict, once the training has ended; user_calibration: that of predict.py --calibrate.
+    steps. log, evaluations: rows of log.csv and eval.csv. calibration: after the training, a
+    `CalibrationScores` as a dict; user_calibration: that of --calibrate. saved_step: of last.pt.
     """
     folder: Path
     settings: Settings
@@ -88,7 +88,7 @@ class Run:
         return self.average.module if self.average else self.model
 
     def save(self) -> None:
-        """Write last.pt, then log.csv. Raises InputError where the disk does not take them."""
+        """Write last.pt, then log.csv if it can be. Raises InputError for a full disk."""
         self.saved_step = self.step
         if ranks.RANK:
             return
@@ -224,7 +224,7 @@ def refuse_other_settings(folder: Path, s: Settings, typed: set[str]) -> None:
     """Raise InputError if the folder holds a run with other settings than these.
 
     typed: the flags of the command line; a precision that it does not name is the machine's choice.
-    Where a run's data lies is `data.refuse_other_data`'s.
+    `data.refuse_other_data` compares the images.
     """
     saved = saved_settings(folder)
     ignored = names_of("machine") | ({"precision"} - typed)
@@ -253,6 +253,7 @@ def resumed_settings(folder: Path, s: Settings, typed: set[str]) -> Settings:
             raise InputError(f"{flag_of(name)}: {name} {getattr(saved, name)} there, "
                              f"{getattr(s, name)} here; --resume takes the settings of {folder}, "
                              f"so leave it out, or give this run a --name")
+    # root, checkpoint_every and recompute remain the run's unless they are typed
     machine = {name: getattr(s, name) for name in names_of("machine")
                if name in typed or name not in ("root", "checkpoint_every", "recompute")}
     length = {name: getattr(s, name) for name in LENGTH if typed & LENGTH}

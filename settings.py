@@ -37,8 +37,7 @@ class Settings:
     category: str = setting("", "the category, or all (demo: fabric)", "run")
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
     method: str = setting("transfusion", "the method to train", "run", tuple(METHODS))
-    preset: str = setting("", "settings that flags override (default: quick for the demo, else "
-                          "paper on a GPU, cpu without one)", "run",
+    preset: str = setting("", "named settings (default: demo quick, GPU paper, else cpu)", "run",
                           ("paper", "authors", "cpu", "quick"))
     seed: int = setting(0, "seed of all random numbers", "run", low=0, high=2 ** 63 - 1)
 
@@ -80,10 +79,9 @@ class Settings:
                          "is scored; 0 for no average", "training", low=0, high=1)
     precision: str = setting("float32", "precision of the network; auto: bfloat16 where it is fast",
                              "training", ("auto", "bf16", "float32"))
-    compile: bool = setting(False, "compile the network: minutes to start, then a tenth faster on "
-                            "a CPU", "training")
-    hold_out: float = setting(0.0, "share of the normal images that sets the threshold and is not "
-                              "trained on (own folders: 0.1)", "training", low=0, high=0.9)
+    compile: bool = setting(False, "compile the network: slow to start, then faster", "training")
+    hold_out: float = setting(0.0, "share of the normal images kept out of training, for the "
+                              "threshold (own folders: 0.1)", "training", low=0, high=0.9)
 
     T: int = setting(20, "steps of the transparency process", "method", low=1)
     schedule: str = setting("linear", "how the opacity grows with t", "method",
@@ -98,8 +96,7 @@ class Settings:
 
     variant: str = setting("diffad", "DiffAD: the variant, of those in its supplement",
                            "other methods", ("diffad", "f_and_r", "c", "no_inter", "x_a_inter"))
-    omega: float = setting(0.0, "D3AD: share of noise at the start of a restoration",
-                           "other methods", low=0)
+    omega: float = setting(0.0, "D3AD: share of noise at the start", "other methods", low=0)
     guidance: float = setting(4.0, "D3AD: how strongly a restoration is kept near the image",
                               "other methods", low=0)
     resnet34: str = setting("", "D3AD: file of torchvision's ResNet-34 weights, for its features",
@@ -134,7 +131,7 @@ LENGTH = {"steps", "epochs"}
 
 
 def fields_of(*groups: str) -> list[dataclasses.Field]:
-    """The fields of Settings in these groups, or all."""
+    """The fields of Settings in these groups, or all fields."""
     return [f for f in dataclasses.fields(Settings) if not groups or f.metadata["group"] in groups]
 
 
@@ -154,8 +151,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train and score TransFusion or another method.",
         argument_default=argparse.SUPPRESS,
-        epilog=f"presets, where they differ from these defaults (another method's differ from "
-               f"TransFusion's preset of that name):\n{table}",
+        epilog=f"presets, where they differ from these defaults (another method's: from "
+               f"TransFusion's preset of the same name):\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("run", "machine", "training", "method", "scoring", "other methods"):
         group = parser.add_argument_group(name)
@@ -186,19 +183,18 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     flags.typed = {k for k, value in values.items() if (k, value) != ("precision", "auto")}
     if flags.eval_every < 0:
         raise InputError(f"--eval-every {flags.eval_every}: must be at least 0, which is never")
-    data = values.setdefault("data", "demo")
+    data = values["data"] = clean_data(values.get("data", "demo"))
     if data == "demo":
         values.setdefault("category", "fabric")
-    values["data"] = clean_data(values["data"])
     for name in {"root", "out", "foreground", "resnet34", "weights_file"} & set(values):
         values[name] = os.path.expanduser(values[name])
     if values["data"] not in FOLDERS:
         values.setdefault("hold_out", 0.1)                # own parts get a threshold everywhere
     device = pick_device(values.get("device", "auto"))
     preset = values.get("preset") or default_preset(data, device, quiet=flags.resume)
-    defaults = Settings(**preset_values(values.get("method", "transfusion"), preset))
+    defaults = Settings(**preset_values(values.get("method", Settings.method), preset))
     if values.get("final_mask") == "last":
-        values.setdefault("infer_steps", 0)               # M_1 is the last of all steps alone
+        values.setdefault("infer_steps", 0)      # M_1 exists only if every step is visited
     if "resize" in values:                                # the same share is cropped away
         values.setdefault("crop", max(16, values["resize"] * defaults.crop // defaults.resize
                                       // 8 * 8))
@@ -257,7 +253,7 @@ def check(s: Settings) -> None:
         if f.type in (int, float) and not low <= value <= high:
             limits = f"be at least {low}" if high == math.inf else f"lie in {low}..{high}"
             raise InputError(f"{flag_of(f.name)} {value}: must {limits}")
-        if choices and value not in (*choices, f.default):      # of a value from no command line
+        if choices and value not in (*choices, f.default):      # argparse has checked the flags
             raise InputError(f"{f.name} {value!r}: one of {', '.join(choices)}")
     if s.ema == 1:
         raise InputError("--ema 1: the average would stay at the first step's weights; below 1")

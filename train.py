@@ -3,9 +3,8 @@
     python train.py                                     the embedded demo data
     python train.py --data mvtec --category cable       the paper
 
-First the loop, then what it calls, then the command. The equations are in transfusion.py, the
-synthetic anomalies in perlin.py, the flags and presets in settings.py, the run with its checkpoint
-in runs.py, the scores in evaluate.py.
+First the loop, then what it calls, then the command. The flags and presets are in settings.py, the
+run and its checkpoint in runs.py, the scores in evaluate.py.
 """
 import argparse
 import contextlib
@@ -28,12 +27,12 @@ from runs import (FORMAT, Diverged, Run, build_model, load_checkpoint, new_run,
                   refuse_other_settings, resumed_settings, run_folder, saved_settings)
 from settings import Settings, check, parse
 from support import ranks
-from support.console import InputError, StopRequest, advance, exit_status, progress_bar
+from support.console import InputError, StepBar, StopRequest, exit_status, progress_bar
 from support.files import locked_folder, read_json, save_json
 from support.layouts import find_category, root_folder
 from support.report import print_next_steps, print_table
 
-MAX_ROLLBACKS = 3                                  # returns to a checkpoint, then an error
+MAX_ROLLBACKS = 3                       # returns to a checkpoint, after which the training fails
 
 
 def train(run: Run, eval_every: int = 0) -> None:
@@ -45,7 +44,7 @@ def train(run: Run, eval_every: int = 0) -> None:
     """
     if run.step == 0:
         run.save()
-    with StopRequest() as stop, progress_bar(total=run.total_steps, initial=run.step,
+    with StopRequest() as stop, progress_bar(kind=StepBar, total=run.total_steps, initial=run.step,
                                              desc=run.settings.category, unit="step") as bar:
         while True:
             try:
@@ -67,10 +66,10 @@ def train(run: Run, eval_every: int = 0) -> None:
 
 
 def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
-    """The training loop, to the last step or, saved, to where it is asked to stop.
+    """Train until the last step, or save and return when asked to stop.
 
-    While the last steps are outliers, nothing is saved. Raises Diverged; the run has to return to
-    its last checkpoint then.
+    Nothing is saved while recent steps are outliers. Raises Diverged: then the run has to return to
+    its last checkpoint.
     """
     s, model, device = run.settings, run.model, torch.device(run.settings.device)
     network = model if ranks.COUNT == 1 else DistributedDataParallel(
@@ -94,13 +93,13 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
         if run.average:
             run.average.update_parameters(model)
         run.step, run.seconds = run.step + 1, perf_counter() - start
-        advance(bar, announce=not run.rollbacks)
+        bar.advance()
         finished = run.step == run.total_steps
         if finished or run.step % run.steps_per_epoch == 0:
             bar.set_postfix(run.close_epoch(rate), refresh=False)
             score_epoch(run, eval_every)
         asked = ranks.any_rank(stop.asked, device)
-        if finished or not run.outliers and (asked or run.is_checkpoint_due):
+        if finished or (not run.outliers and (asked or run.is_checkpoint_due)):
             run.save()
             if asked:
                 return
@@ -113,15 +112,15 @@ def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device
     """Training batch number `step`: x, eps, M, M_a, t for `TransFusion.losses`.
 
     It depends on nothing but the settings, the data, the step and the number of rollbacks, so a
-    resumed run, or one on another device, sees the same batches. Fewer images than a batch are
-    repeated to one. Of several ranks each takes every COUNT-th sample, half of them anomalous as in
-    the whole; an epoch's last batch is filled up for that.
+    resumed run, or one on another device, sees the same batches. A data set smaller than
+    a batch is repeated until it fills one. Each of several ranks takes every COUNT-th sample, half
+    of them anomalous as in the whole; an epoch's last batch is filled up for that.
     """
     again = [rollbacks] if rollbacks else []
     rng = np.random.default_rng([s.seed, step, *again])
     epoch, step_in_epoch = divmod(step, run_data.steps_per_epoch(s.batch))
-    shuffled = np.random.default_rng([s.seed, 1 << 32, epoch, *again])   # 1 << 32: no step's number
-    shuffled = shuffled.permutation(run_data.train_indices)
+    shuffle = np.random.default_rng([s.seed, 1 << 32, epoch, *again])    # 1 << 32: no step's number
+    shuffled = shuffle.permutation(run_data.train_indices)
     shuffled = np.resize(shuffled, max(len(shuffled), s.batch))
     chosen = shuffled[step_in_epoch * s.batch:(step_in_epoch + 1) * s.batch]
     if ranks.COUNT > 1:
@@ -168,13 +167,14 @@ def advice_after_divergence(s: Settings) -> str:
 
 def announce(run: Run) -> None:
     """Print what will be trained, on what, and where."""
-    s, steps = run.settings, run.total_steps - run.step
+    s, steps = run.settings, run.total_steps
     for note in run.data.notes:
         print(f"  {note}")
     if not len(run.data.held_out):
         print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in run.model.parameters())
-    length = (f"{steps} steps of {s.batch} images at {s.crop} px "
+    rest = f"{steps - run.step} of " if run.step else ""
+    length = (f"{rest}{steps} steps of {s.batch} images at {s.crop} px "
               f"({steps / run.steps_per_epoch:.0f} epochs)") if run.model.TRAINS else \
         f"no training, one pass over the images at {s.crop} px"
     print(f"  {s.preset} preset: {length}, {parameters / 1e6:.1f} M parameters, {s.device}, "
@@ -200,7 +200,8 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
     if (folder / "metrics.json").exists():
         metrics = read_json(folder / "metrics.json")
         same_length = saved and (saved.steps, saved.epochs) == (s.steps, s.epochs)
-        if same_length and (metrics.get("step") != 0 or not METHODS[s.method].trains):
+        imported = metrics.get("step") == 0 and METHODS[s.method].trains     # scored, not trained
+        if same_length and not imported:
             print(f"{folder} is finished with these settings: skipped (python evaluate.py {folder} "
                   f"scores it again)")
             return metrics
@@ -255,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(train_category(one, flags))
             trained.append(run_folder(one))
         except InputError as error:
-            if len(names) == 1 or ranks.COUNT > 1:         # other ranks may have gone on
+            if len(names) == 1 or ranks.COUNT > 1:         # other ranks are further, perhaps
                 raise
             print(f"error: {error}", file=sys.stderr)
             failed.append(one.category)

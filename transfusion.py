@@ -392,10 +392,10 @@ def even_path(first: int, calls: int) -> list[int]:
 class Method(nn.Module):
     """The interface of a method, TransFusion or one of baselines/, for training and evaluation.
 
-    A method defines `losses`, `path`, `restore` and `last_step` as TransFusion does. STAGES are the
-    shares of the training at which its stages end; the learning rate runs through its schedule in
-    each, and `stage`, from 0, is the current one. IMAGES_AFTER_TRAINING is the number of training
-    images that `after_training` wants to see. TRAINS is false if a method has no training steps and
+    A method has `losses`, `path`, `restore`, `last_step` and `net` as TransFusion does. STAGES are
+    the shares of the training at which its stages end; the learning rate runs through its schedule
+    in each, and `stage`, from 0, is the current one. `after_training` wants to see
+    IMAGES_AFTER_TRAINING training images. TRAINS is false if a method has no training steps and
     memorises these images instead; then their scores are not used for the threshold.
     """
     TRAINS = True

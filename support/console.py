@@ -164,22 +164,26 @@ class StopRequest:
 
 # ---------------------------------------------------------------- progress
 
-def progress_bar(*args, leave: bool = True, **kwargs) -> tqdm:
+def progress_bar(*args, leave: bool = True, kind: type[tqdm] = tqdm, **kwargs) -> tqdm:
     """A progress bar. If standard error is not a terminal, a bar with leave=True writes a line per
     minute, and one with leave=False writes nothing."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(*args, leave=leave, disable=not (terminal or leave),
+    return kind(*args, leave=leave, disable=not (terminal or leave),
                 mininterval=0.5 if terminal else 60, **kwargs)
 
 
-def advance(bar: tqdm, announce: bool = True) -> None:
-    """Move a training's progress bar by a step. After the first ten, print how long the others will
-    take, unless `announce` is false."""
-    bar.update()
-    if announce and bar.n == bar.initial + 10 < bar.total:
-        seconds = bar.format_dict["elapsed"] / 10 * (bar.total - bar.n)
-        bar.write(f"  about {duration(seconds)} for the remaining {bar.total - bar.n} steps, "
-                  f"judged by the first ten")
+class StepBar(tqdm):
+    """The progress bar of a training. After the first ten steps it prints once how long the others
+    will take."""
+    announced = False
+
+    def advance(self) -> None:
+        self.update()
+        if not self.announced and self.n == self.initial + 10 < self.total:
+            self.announced = True
+            seconds = self.format_dict["elapsed"] / 10 * (self.total - self.n)
+            self.write(f"  about {duration(seconds)} for the remaining {self.total - self.n} "
+                       f"steps, judged by the first ten")
 
 
 def duration(seconds: float) -> str:

@@ -67,9 +67,10 @@ def save_json(path: Path, content: dict) -> None:
 
 
 def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
-    """Write rows as CSV with `columns`, or with the keys of the first row. Raises InputError."""
+    """Write rows as CSV with `columns`, or with the keys of all rows. Raises InputError."""
     text = io.StringIO()
-    table = csv.DictWriter(text, columns or rows[0].keys(), lineterminator="\n")
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     content = text.getvalue().encode(errors="backslashreplace")      # file names may not be UTF-8

@@ -10,11 +10,15 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser, fields: list[dataclasses.Field]) -> None:
-    """Add a flag for each of the fields to a parser or to one of its argument groups."""
+def add_flags(parser, fields: list[dataclasses.Field], default: str = "") -> None:
+    """Add a flag for each of the fields to a parser or to one of its argument groups.
+
+    default: what the help text calls the default, in place of the field's.
+    """
     for f in fields:
         meta = f.metadata
-        text = f"{meta['help']} (default {f.default})" if f.default != "" else meta["help"]
+        value = default if f.default != "" and default else f.default
+        text = f"{meta['help']} (default {value})" if value != "" else meta["help"]
         if f.type is bool:
             parser.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=text)
         else:

@@ -141,8 +141,9 @@ def test_the_same_numbers_again_and_other_settings_overwrite_nothing(parts, caps
     assert last["infer_steps"] == 20
 
 
-def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, monkeypatch):
-    folder, argv = run_of(parts), argv_for(parts, "--steps", "6")
+@pytest.mark.parametrize("hold_out", ["0.1", "0"])
+def test_an_unfinished_run_can_be_scored_and_still_be_resumed(hold_out, parts, capsys, monkeypatch):
+    folder, argv = run_of(parts), argv_for(parts, "--steps", "6", "--hold-out", hold_out)
     interrupt(monkeypatch, 5)
     assert train.main(argv) == 130
     monkeypatch.undo()
@@ -155,7 +156,7 @@ def test_an_unfinished_run_can_be_scored_and_still_be_resumed(parts, capsys, mon
     assert "this model has no threshold" in capsys.readouterr().out
     # The folder spelt another way is the same run.
     assert train.main([*argv, "--data", f"{parts}/./", "--resume"]) == 0
-    assert (folder / "metrics.json").exists()
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 6
 
 
 def test_inference_steps_are_checked_against_the_runs_own_schedule(parts, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.console import InputError
-from support.files import folder_name, locked_folder, save_atomically
+from support.files import folder_name, locked_folder, save_atomically, save_csv
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "..", ".", "", "a\0b"])
@@ -68,3 +68,9 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
                 pass
     with locked_folder(tmp_path / "run"):                             # it was given back
         pass
+
+
+def test_a_table_has_the_columns_of_all_its_rows(tmp_path):
+    """A run that is resumed by a later version may have logged other losses before."""
+    save_csv(tmp_path / "log.csv", [{"step": 1, "n": 2}, {"step": 2, "m": 3}])
+    assert (tmp_path / "log.csv").read_text() == "step,n,m\n1,2,\n2,,3\n"
