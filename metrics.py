@@ -141,7 +141,7 @@ class Threshold(NamedTuple):
     count: int
 
 
-ODD = 3              # how many times as far above the median as nine tenths of the scores reach
+ODD = 4              # how many times as far above the median as nine tenths of the scores reach
 FEWEST = 3           # held-out images: the median of fewer follows a single odd one
 CLEARLY = 0.1        # level of the rank test: held-out images score higher than the training's
 
@@ -149,9 +149,9 @@ CLEARLY = 0.1        # level of the rank test: held-out images score higher than
 def stand_out(scores: np.ndarray) -> np.ndarray:
     """Which scores of normal images lie far above the others, bool [N].
 
-    Those more than ODD times as far above the median as nine tenths of the scores reach: of normally
-    distributed scores one in 16,000, of exponentially distributed ones one in 250. Never more than
-    a tenth of them, hardly ever one of fewer than ten, and none within 6 % of the median.
+    Those more than ODD times as far above the median as nine tenths of the scores reach: one in 7
+    million of normally distributed scores, one in 1,250 of exponentially distributed ones. Never
+    more than a tenth of them, hardly ever one of fewer than ten, and none within 8 % of the median.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if not len(scores):
