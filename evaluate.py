@@ -7,7 +7,6 @@ It restores the images, turns their maps into scores (Eq. 10, 11) and these into
 import argparse
 import dataclasses
 import math
-import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -27,13 +26,13 @@ from runs import Run, load_model, result_path, saved_settings
 from settings import Settings, check, fields_of
 from support import ranks
 from support.console import InputError, exit_status, progress_bar
-from support.devices import hardware, pick_device
+from support.devices import hardware, median_seconds, pick_device
 from support.files import (float_array, locked_folder, save_atomically, save_csv_if_possible,
                            save_json)
 from support.flags import add_flags
 from support.layouts import clean_data
 from support.pictures import draw_rows, pick_rows
-from support.report import print_table, print_threshold_check
+from support.report import print_odd_photos, print_table, print_threshold_check
 from transfusion import Method, Restoration, anomaly_score, final_mask, forward_process
 
 
@@ -124,19 +123,14 @@ def run_after_training(model: Method, run_data: RunData) -> None:
 
 def seconds_per_image(model: Method, s: Settings, images: Images) -> float:
     """Time to restore one image alone (Table 5): the median of three after one to warm up."""
-    device, times = next(model.parameters()).device, []
+    x = scale(images[[0]].to(next(model.parameters()).device))
     model.eval()
-    for k in range(4):
-        x = scale(images[[k % len(images)]].to(device))
-        start = time.perf_counter()
-        model.restore(x, s.infer_steps).x_0.cpu()              # waits for the device
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return median_seconds(lambda: model.restore(x, s.infer_steps).x_0.cpu())
 
 
 # ---------------------------------------------------------------- thresholds
 
-TRAINING_SCORES = 100   # images of the training that are scored for the threshold, at most
+TRAINING_SCORES = 1000  # images of the training that are scored for the threshold, at most
 SYNTHETIC = 64          # defects painted on held-out images, to see how many a threshold finds
 FAINT = 0.25            # their opacity, beta in Eq. 2
 
@@ -210,6 +204,10 @@ def finish(run: Run) -> dict:
               f"instead, a preview and no result")
     elif scores and not math.isnan(results["image_f1max"]):
         print_threshold_check(results)
+    if scores:
+        good = np.concatenate([run_data.held_out, run_data.train_indices[:len(scores.training)]])
+        print_odd_photos(run.folder / "odd.png", run_data.images, good, metrics.odd_ones(scores),
+                         lambda file, *rows: draw_restorations(file, model, s, *rows))
     return results
 
 

@@ -64,8 +64,9 @@ def own_modules():
 
 with own_modules():
     from data import Images, Textures, foreground_masks, preprocess, scale, unscale
-    from evaluate import final_maps, image_scores, network_calls, scores_of, synthetic_defects
-    from metrics import CalibrationScores, describe_threshold, threshold
+    from evaluate import (draw_restorations, final_maps, image_scores, network_calls, scores_of,
+                          synthetic_defects)
+    from metrics import CalibrationScores, describe_threshold, odd_ones, threshold
     from runs import load_checkpoint, load_model
     from settings import Settings, check, names_of
     from support.console import InputError, StopRequest, exit_status, progress_bar
@@ -77,6 +78,7 @@ with own_modules():
                                  root_folder, unread_files)
     from support.page import HighestScores, PageRow, web_page
     from support.pictures import over_grey
+    from support.report import print_odd_photos
     from support.weights import load_torch
     from transfusion import Method
 
@@ -574,6 +576,9 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     if len(files) + len(training) < needed:
         print(f"note: {len(files)} photos and {len(training)} scores of the training cannot "
               f"promise {100 * s.false_alarms:g} % false alarms; {needed} scores can")
+    print_odd_photos(path.with_name("odd-calibrate.png"), photos, indices,
+                     [(k, score) for k, score in odd_ones(scores) if k < len(files)],
+                     lambda file, *rows: draw_restorations(file, model.model, s, *rows))
     return Inspector(model.model, model.s, scores)
 
 

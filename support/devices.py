@@ -1,6 +1,8 @@
-"""The compute device: how it is chosen, its name, and whether it is fast in bfloat16."""
+"""The compute device: how it is chosen, its name, whether it is fast in bfloat16; timing a call."""
 import platform
 import re
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -48,3 +50,14 @@ def hardware(device: str) -> str:
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def median_seconds(call) -> float:
+    """Wall-clock time of a call that waits for the device: the median of three, after one to warm
+    up."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

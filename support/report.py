@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 from statistics import fmean
 
+from support.console import printable
+from support.files import save_atomically
+from support.pictures import MAX_ROWS
+
 COLUMNS = {"image_auroc": "image AUROC", "aupro": "AUPRO", "pixel_auroc": "pixel AUROC",
            "pixel_ap": "pixel AP", "false_alarm_rate": "false alarms",
            "detection_rate": "detected"}
@@ -35,6 +39,9 @@ def print_next_steps(folders: list[Path], data_root: Path) -> None:
         if (first / name).exists():
             print(f"open {first / name}: some images, their restorations and anomaly maps")
             break
+    for folder in folders:
+        if (folder / "odd.png").exists():
+            print(f"open {folder / 'odd.png'}: photos of good parts that score like defects")
     photos = os.path.relpath(test) if test.is_relative_to(Path.cwd()) else test
     print(f"next: python predict.py {first} {photos if test.is_dir() else 'PHOTOS'} --out found/")
 
@@ -45,3 +52,26 @@ def print_threshold_check(results: dict) -> None:
           f"threshold for this very test set would give {100 * results['image_f1max']:.1f} %")
     print(f"  the test set's defective images against the held-out normal ones: an AUROC of "
           f"{100 * results['image_auroc_held_out']:.1f} %")
+
+
+def print_odd_photos(path: Path, images, indices, odd: list[tuple[int, float]], draw) -> None:
+    """Name the photos of good parts whose scores stand out, and draw them in a PNG.
+
+    images: `data.Images`; indices: those that were scored; odd: positions in `indices` and scores.
+    draw: a function of file, images, names and ground truths, as `pictures.draw_rows`. An earlier
+    picture is removed.
+    """
+    path.unlink(missing_ok=True)
+    if not odd:
+        print(f"  none of the {len(indices)} photos of good parts that were scored stands out")
+        return
+    these = "this photo: it scores" if len(odd) == 1 else f"these {len(odd)} photos: they score"
+    print(f"  look at {these} like defects; a defective part among the good ones, or a rare good "
+          f"one? drawn in {path}")
+    for k, score in odd[:MAX_ROWS]:
+        print(f"    {printable(str(images.paths[indices[k]]))}: score {score:.4f}")
+    if len(odd) > MAX_ROWS:
+        print(f"    and {len(odd) - MAX_ROWS} more with lower scores")
+    shown = [indices[k] for k, _ in odd[:MAX_ROWS]]
+    names = [f"{images.paths[k].stem}\nscore {score:.3f}" for k, (_, score) in zip(shown, odd)]
+    save_atomically(path, lambda file: draw(file, images[shown], names, [None] * len(shown)))

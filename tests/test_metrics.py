@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import metrics
@@ -301,3 +302,87 @@ def test_the_threshold_is_of_held_out_and_training_images():
     for scores in (calibration(few), synthetic):                # the held-out images alone set `low`
         assert metrics.describe_threshold(scores, low).splitlines()[0] == \
             "threshold 0.2000, from 2 held-out images"
+
+
+# ---------------------------------------------------------------- one odd image does not decide
+
+def normal_case(held_out: int, training: int, rng, memorised: float = 0.0):
+    """Log-normal scores of spread 0.2; the training's lie `memorised` spreads lower."""
+    draw = lambda count, shift: np.exp(0.2 * (rng.normal(size=count) - shift)).tolist()
+    return draw(held_out, 0.0), draw(training, memorised)
+
+
+def test_one_odd_held_out_image_does_not_set_the_threshold():
+    """The scores of a real case: 27 held out, one of them at 0.233, the others up to 0.147."""
+    rng = np.random.default_rng(0)
+    held_out = [*np.linspace(0.08, 0.147, 26), 0.233]
+    training = rng.uniform(0.075, 0.15, 100).tolist()
+    limit = metrics.threshold(calibration(held_out, training), 0.05)
+    assert 0.14 < limit.value < 0.15 and limit.rate == pytest.approx(6 / 128)
+    assert metrics.odd_ones(calibration(held_out, training)) == [(26, 0.233)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 20])
+def test_one_odd_image_of_few_moves_the_threshold_little(count):
+    """It decides where the others lie above the training by chance: at the level of the test."""
+    moved = []
+    for seed in range(40):
+        held_out, training = normal_case(count, 9 * count, np.random.default_rng(seed))
+        odd = [5.0, *held_out[1:]]
+        limits = [metrics.threshold(calibration(some, training), 0.05).value
+                  for some in (held_out, odd)]
+        moved.append(limits[1] / limits[0])
+    assert np.median(moved) < 1.15 and np.mean(np.array(moved) > 2) < 0.2
+
+
+def test_a_single_held_out_image_is_believed_and_promises_little():
+    """Nothing tells whether it is odd or the training memorised its images."""
+    limit = metrics.threshold(calibration([0.9], np.linspace(0.1, 0.2, 72)), 0.05)
+    assert limit.value == 0.9 and limit.rate == 0.5
+    usual = metrics.threshold(calibration([0.15], np.linspace(0.1, 0.2, 72)), 0.05)
+    assert usual.value < 0.2 and usual.rate == pytest.approx(3 / 74)
+
+
+def false_alarms(held_out: int, training: int, memorised: float) -> tuple[float, float]:
+    """The mean of the promised and of the true false alarm rate, over 300 deals."""
+    rates, rng = [], np.random.default_rng(0)
+    for _ in range(300):
+        limit = metrics.threshold(calibration(*normal_case(held_out, training, rng, memorised)),
+                                  0.05)
+        rates.append((limit.rate, norm.sf(np.log(limit.value) / 0.2)))
+    return tuple(np.mean(rates, 0))
+
+
+@pytest.mark.parametrize("held_out", [4, 8, 27])
+@pytest.mark.parametrize("memorised", [0.0, 0.5, 1.0, 3.0])
+def test_the_promised_rate_holds_also_where_the_training_memorised_its_images(held_out, memorised):
+    promised, true = false_alarms(held_out, 9 * held_out, memorised)
+    assert true < 0.09 and true < promised + 0.035
+
+
+def test_scores_that_are_alike_give_the_rate_asked_for():
+    promised, true = false_alarms(27, 243, 0.0)
+    assert true == pytest.approx(0.05, abs=0.01) and promised == pytest.approx(0.05, abs=0.005)
+
+
+def test_odd_images_of_a_model_without_training_scores_count_as_false_alarms():
+    held_out = [*np.linspace(0.3, 0.4, 19), 0.9]
+    limit = metrics.threshold(calibration(held_out), 0.05)
+    assert limit.value == 0.4 and limit.rate == pytest.approx(2 / 21)
+
+
+def test_two_odd_images_of_sixty_are_named_and_hardly_another():
+    named = []
+    for seed in range(40):
+        held_out, training = normal_case(6, 54, np.random.default_rng(seed), memorised=1.0)
+        training[17], held_out[3] = 3.0, 3.5
+        odd = [k for k, _ in metrics.odd_ones(calibration(held_out, training))]
+        assert {3, 6 + 17} <= set(odd)
+        named.append(len(odd))
+    assert np.mean(named) < 2.2
+
+
+def test_nothing_stands_out_of_equal_or_few_scores():
+    assert not metrics.stand_out([]).any() and not metrics.stand_out([0.1] * 30 + [0.101]).any()
+    assert not metrics.stand_out(np.random.default_rng(0).random(9)).any()
+    assert metrics.stand_out([0.1] * 30 + [0.2]).tolist() == [False] * 30 + [True]

@@ -276,6 +276,29 @@ def test_good_photos_give_a_finished_model_its_threshold(photos, tmp_path, capsy
     assert "Inspection(score" in repr(predict.load(model).inspect(one))
 
 
+def test_photos_for_a_threshold_that_stand_out_are_named_and_do_not_set_it(
+        tmp_path, capsys, monkeypatch):
+    """Here the score is the brightest pixel."""
+    model, good = untrained(tmp_path), tmp_path / "good"
+    monkeypatch.setattr(predict, "scores_of", lambda model, s, images, indices: [
+        images[[k]].max().item() / 255 for k in indices])
+    for k in range(25):
+        png(good / f"{k}.png", picture(100 + k, 40))
+    assert predict.main([str(model), "--calibrate", str(good)]) == 0
+    assert "none of the 25 photos of good parts that were scored" in capsys.readouterr().out
+    assert predict.load(model).threshold.value == pytest.approx(124 / 255)
+    png(good / "odd.png", picture(250, 40)), png(good / "odd 2.png", picture(240, 40))
+    assert predict.main([str(model), "--calibrate", str(good)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  expected false alarm rate: 11 % of good parts (plausible range 2 to 24 %)" in lines
+    start = next(k for k, line in enumerate(lines) if line.startswith("  look at these 2 photos: "))
+    assert lines[start].endswith(f"drawn in {tmp_path / 'odd-calibrate.png'}")
+    assert [line.split(":")[0].strip() for line in lines[start + 1:start + 3]] == [
+        str(good / "odd.png"), str(good / "odd 2.png")]
+    assert predict.load(model).threshold.value == pytest.approx(124 / 255)
+    assert Image.open(tmp_path / "odd-calibrate.png").format == "PNG"
+
+
 @pytest.mark.parametrize("change, expected", [
     ({"run": "nowhere"}, "nowhere does not exist"),
     ({"images": "nothing/*.png"}, "nothing/*.png: no image there"),

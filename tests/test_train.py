@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import runs
 import train
 from data import load_run_data
-from helpers import ROOT, argv_for, contents, interrupt, refused, rows_of, run_of
+from helpers import (ROOT, argv_for, contents, interrupt, picture, png, refused, rows_of,
+                     run_of)
 from settings import Settings, parse
 from support import ranks
 from support.report import print_table
@@ -26,8 +28,9 @@ from support.report import print_table
 
 def test_run_folder(small):
     folder, _ = small
-    assert set(contents(folder)) == {"config.json", "data.json", "log.csv", "last.pt",
-                                     "metrics.json", "scores.csv", "maps.npz", "qualitative.png"}
+    assert set(contents(folder)) - {"odd.png"} == {"config.json", "data.json", "log.csv", "last.pt",
+                                                   "metrics.json", "scores.csv", "maps.npz",
+                                                   "qualitative.png"}
     results = json.loads((folder / "metrics.json").read_text())
     for name in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_ap", "image_f1max"):
         assert 0 <= results[name] <= 1, name
@@ -86,6 +89,25 @@ def test_the_last_lines_name_the_picture_and_the_next_command(parts, capsys, mon
     assert train.main(argv) == 0
     expected[2] = f"next: python predict.py {run} parts/bolt/test --out found/"
     assert capsys.readouterr().out.splitlines()[-3:] == expected
+
+
+def test_a_defective_photo_among_the_good_ones_is_named_at_the_end(parts, capsys, monkeypatch):
+    """All photos of train/good are scored. Here the score is the brightest pixel."""
+    monkeypatch.setattr(evaluate, "scores_of", lambda model, s, images, indices: [
+        images[[k]].max().item() / 255 for k in indices])
+    assert train.main(argv_for(parts)) == 0
+    assert "none of the 12 photos of good parts that were scored" in capsys.readouterr().out
+    assert not (run_of(parts) / "odd.png").exists()
+    png(parts / "bolt/train/good/odd.png", 2 * picture(100, 40))
+    assert train.main(argv_for(parts, "--name", "odd")) == 0
+    folder, out = run_of(parts, "odd"), capsys.readouterr().out.splitlines()
+    at = [k for k, line in enumerate(out) if line == f"  look at this photo: it scores like defects"
+          f"; a defective part among the good ones, or a rare good one? drawn in "
+          f"{folder / 'odd.png'}"]
+    assert len(at) == 1
+    assert out[at[0] + 1] == f"    {parts / 'bolt/train/good/odd.png'}: score 0.7843"
+    assert out[-2] == f"open {folder / 'odd.png'}: photos of good parts that score like defects"
+    assert (folder / "odd.png").exists()
 
 
 # ---------------------------------------------------------------- interruption and resuming
