@@ -386,7 +386,8 @@ def test_the_training_images_are_those_of_the_run(factory, tmp_path):
 def test_the_length_of_a_training():
     epochs_of = anomalib_maps.epochs_of
     assert epochs_of("Padim", 0, 0, 72, 32, {"max_epochs": 1}) == 1
-    assert epochs_of("ReverseDistillation", 0, 0, 72, 16, {}) == 200         # the paper's
+    assert epochs_of("ReverseDistillation", 0, 0, 72, 16, {}) == 200         # the authors'
+    assert epochs_of("Dsr", 0, 0, 209, 8, {}) == 150         # 100, and 50 of its upsampling
     assert epochs_of("EfficientAd", 0, 0, 72, 1, {}) == 973                  # 70000 steps
     assert epochs_of("EfficientAd", 0, 100, 72, 1, {}) == 2 and epochs_of("Cfa", 3, 0, 9, 4, {}) == 3
     for name, epochs, own, expected in (("Padim", 2, {"max_epochs": 1}, "always trains for 1"),
