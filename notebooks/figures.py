@@ -2,7 +2,9 @@
 
 The notebooks load and plot. The tables are in tables.py.
 """
+import base64
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Patch, Rectangle
 from PIL import Image
@@ -33,7 +37,7 @@ from support.files import read_json
 from support.layouts import FOLDERS
 from support.pictures import over_grey
 from tables import find_runs
-from transfusion import Block, Resample, Restoration, ResUNet, TransFusion
+from transfusion import Block, Resample, Restoration, ResUNet, Step, TransFusion
 
 # The run that a notebook trains if there is none: a minute or two on two cores.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--batch", "8",
@@ -225,6 +229,35 @@ def grid(rows, columns: Sequence[str] = (), labels: Sequence[str] = (), side: fl
                 show(axis, cell, title, top)
         if len(labels):
             axes[i, 0].set_ylabel(labels[i])
+
+
+def step_slider(steps: Sequence[Step]) -> None:
+    """Display a slider over t, and x_t, M_t and n_t of the first image of a restoration.
+
+    It also moves without a kernel, if the page keeps the state of its widgets. Where a page has no
+    widgets, the same output is a strip of about six steps.
+    """
+    def frame(step: Step) -> ipywidgets.Image:                 # x_t, M_t, n_t from left to right
+        M_t = plt.get_cmap(MAP)(step.M_t[0, 0].cpu().numpy())[..., :3]
+        x_t, n_t = ((x[0].clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).cpu() for x in
+                    (step.x_t, step.n_t))
+        file = io.BytesIO()
+        Image.fromarray((255 * np.hstack([x_t, M_t, n_t])).astype(np.uint8)).save(file, "WebP")
+        return ipywidgets.Image(value=file.getvalue(), format="webp", width=660)
+
+    frames = ipywidgets.Stack([frame(step) for step in steps], selected_index=0)
+    slider = ipywidgets.SelectionSlider(options=[step.t for step in steps], description="t")
+    ipywidgets.jslink((slider, "index"), (frames, "selected_index"))
+    shown = [*steps[:-1:max(1, len(steps) // 5)], steps[-1]]
+    grid([[(step.x_t[0], f"t = {step.t}") for step in shown] + [(steps[-1].x_prev[0], "x_0")],
+          *([getattr(step, name)[0] for step in shown] for name in ("M_t", "n_t"))],
+         labels=["x_t", "M_t", "n_t"], side=1.25)
+    strip = io.BytesIO()
+    plt.savefig(strip, format="jpeg", pil_kwargs={"quality": 88})
+    plt.close()
+    display({**ipywidgets.VBox([slider, frames])._repr_mimebundle_(),
+             "image/jpeg": base64.b64encode(strip.getvalue()).decode(),
+             "text/plain": "a slider over t"}, raw=True)
 
 
 # ---------------------------------------------------------------- the network

@@ -20,6 +20,10 @@ from support.files import read_json
 from support.layouts import Category
 from tables import Table, mark_best, percent
 
+# What a notebook prints where there are no rows and no maps. The tool prints the second command.
+COMMAND = ("no scores or maps of other methods yet; to make some: python tools/anomalib_maps.py "
+           "--model Patchcore --data mvtec --category bottle --out maps/patchcore")
+
 
 def other_rows(maps: str = "../maps", results: str = "../results") -> list[dict]:
     """The rows of RESULTS/others.csv and of every MAPS/METHOD/CATEGORY/metrics.json.

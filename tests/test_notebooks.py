@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom on the small model; the paper's tables add up."""
+import base64
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import figures
 import tables
 from conftest import trained
 from support.layouts import CATEGORIES
+from transfusion import Step
 
 FOLDER = tables.HERE
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -124,6 +128,35 @@ def test_notebook_is_committed_executed_on_the_demo_data(path):
     assert not any(f"/{name}/" in str(notebook) for name in ("home", "root", "work", "tmp"))
     assert all(len(line) < 100 for cell in notebook["cells"]
                for line in "".join(cell["source"]).splitlines())
+
+
+def test_a_notebook_starts_in_the_projects_folder_too():
+    """The first cell goes to notebooks/, whether it was started there or one folder up."""
+    setups = {"".join(code_cells(json.loads(path.read_text()))[0]["source"]).split("DATA")[0]
+              for path in NOTEBOOKS}
+    setup, = setups
+    for folder in (FOLDER, FOLDER.parent):
+        printed = subprocess.run([sys.executable, "-"], input=setup + "import tables\nprint(os.getcwd())",
+                                 cwd=folder, capture_output=True, text=True)
+        assert printed.stdout.strip() == str(FOLDER), printed.stderr
+
+
+def test_a_slider_shows_the_steps_and_a_strip_where_there_are_no_widgets(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda bundle, raw: shown.append(bundle))
+    M, x = torch.rand(6, 1, 1, 8, 8), torch.rand(6, 3, 1, 3, 8, 8)
+    figures.step_slider([Step(6 - k, x[k, 0], M[k], x[k, 0], x[k, 1], x[k, 2]) for k in range(6)])
+    bundle, = shown
+    strip = Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"])))
+    assert strip.width > strip.height and not figures.plt.get_fignums()
+    view = bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
+    slider, frames = figures.ipywidgets.Widget.widgets[view].children
+    assert slider.options == (6, 5, 4, 3, 2, 1) and len(frames.children) == 6
+    links = [w for w in figures.ipywidgets.Widget.widgets.values() if w._model_name == "LinkModel"]
+    assert (links[-1].source, links[-1].target) == ((slider, "index"), (frames, "selected_index"))
+    pixels = np.array(Image.open(io.BytesIO(frames.children[2].value)))
+    assert pixels.shape == (8, 24, 3)
+    assert abs(pixels[:, :8].mean() - (x[2, 0].mean() / 2 + 0.5) * 255) < 10
 
 
 def test_one_first_line_names_every_table():

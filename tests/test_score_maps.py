@@ -2,9 +2,12 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import anomalib_maps
@@ -13,6 +16,7 @@ import evaluate
 import others
 import predict
 import score_maps
+import tables
 from helpers import mvtec_tree, picture, png, refused, rows_of
 from settings import Settings
 from support.console import InputError
@@ -356,6 +360,59 @@ def test_the_notebooks_take_rows_and_maps(bolt, tmp_path, capsys):
     assert maps["worse"].scores.tolist() == [1, 1, 0.5]
 
 
+def cell(notebook, cell_id):
+    """The source of a notebook's cell."""
+    found, = [c for c in json.loads((tables.HERE / f"{notebook}.ipynb").read_text())["cells"]
+              if c["id"] == cell_id]
+    return "".join(found["source"])
+
+
+def test_the_cells_of_the_notebooks_show_rows_and_maps(bolt, tmp_path, capsys, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")                       # which has no ../results
+    shown, pictures = [], []
+    category = find_category(str(bolt.parent), "bolt", bolt.parent)
+    run = SimpleNamespace(
+        settings=Settings(category="bolt", resize=256, crop=224), data=SimpleNamespace(
+            category=category), metrics={"infer_steps": 3, "seconds_per_image": 1.0, "hardware": "",
+                                         "precision": "float32"},
+        scores=np.ones(3), M_final=np.zeros((3, 8, 8)), truth=lambda k: np.zeros((8, 8), bool),
+        original=lambda k: torch.zeros(3, 8, 8))
+    names = {"MAPS": "../maps", "RUNS": "../runs", "others": others, "tables": tables, "run": run,
+             "column_title": tables.column_title, "display": shown.append, "all_runs": [run],
+             "scoring_side": data.scoring_side, "method_runs": {"bolt": {}}, "plt": plt,
+             "kinds": {"bolt": ["hole"]}, "best_median_worst": lambda r, kind: [0, 1, 2],
+             "outline": lambda *_: None, "grid": lambda rows, **more: pictures.append((rows, more))}
+
+    def run_cells():
+        for notebook, cell_id in (("03_tables", "03-11b"), ("05_qualitative", "05-07m"),
+                                  ("05_qualitative", "q08new")):
+            exec(cell(notebook, cell_id), names)
+
+    run_cells()
+    out = capsys.readouterr().out
+    assert out == 2 * f"{others.COMMAND}\n" and not shown
+    assert [len(row) for row in pictures.pop()[0]] == [3]           # photo, truth, ours
+    write_truth(bolt, tmp_path / "maps" / "best" / "bolt" / "test")
+    assert score_maps.main(argv_for(bolt, tmp_path / "maps" / "best", "--crop", "224")) == 0
+    record = tmp_path / "maps" / "best" / "bolt" / "metrics.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "package": "anomalib 2.7.0",
+                                  "seconds_per_image": 0.25, "hardware": "a core"}))
+    capsys.readouterr()
+    run_cells()
+    assert others.COMMAND not in capsys.readouterr().out
+    assert [table.columns for table in shown] == 2 * [["category", "ours", "best"]]
+    (rows, more), = pictures
+    assert more["columns"][2:] == ["ours, 0 to 1", "best, 0 to 1"]
+    assert rows[0][3][0].shape == (224, 224)
+    source = cell("04_ablations", "04-11").replace("../results/bench",
+                                                   f"{tables.HERE.parent}/results/bench")
+    exec(source.replace('Table("seconds', 'timed = Table("seconds'),
+         {**names, "Table": tables.Table, "paper_table": tables.paper_table, "json": json}, names)
+    assert names["timed"].rows[-1] == ["best, anomalib 2.7.0, on bolt", "0.25", "one image",
+                                       "a core, measured"]
+
+
 # ---------------------------------------------------------------- tools/anomalib_maps.py
 
 def test_without_anomalib_one_line_says_how_to_get_it(bolt, tmp_path, capsys, monkeypatch):
@@ -386,7 +443,8 @@ def test_the_training_images_are_those_of_the_run(factory, tmp_path):
 def test_the_length_of_a_training():
     epochs_of = anomalib_maps.epochs_of
     assert epochs_of("Padim", 0, 0, 72, 32, {"max_epochs": 1}) == 1
-    assert epochs_of("ReverseDistillation", 0, 0, 72, 16, {}) == 200         # the paper's
+    assert epochs_of("ReverseDistillation", 0, 0, 72, 16, {}) == 200         # the authors'
+    assert epochs_of("Dsr", 0, 0, 209, 8, {}) == 150         # 100, and 50 of its upsampling
     assert epochs_of("EfficientAd", 0, 0, 72, 1, {}) == 973                  # 70000 steps
     assert epochs_of("EfficientAd", 0, 100, 72, 1, {}) == 2 and epochs_of("Cfa", 3, 0, 9, 4, {}) == 3
     for name, epochs, own, expected in (("Padim", 2, {"max_epochs": 1}, "always trains for 1"),

@@ -36,14 +36,18 @@ from support.images import open_image, to_rgb
 from support.layouts import Category, clean_data, find_category, root_folder
 
 INSTALL = 'anomalib is not installed: pip install "anomalib==2.7.*" (0.5 GB beside PyTorch)'
-# Length and batch of a training in each method's paper. anomalib sets neither for these models.
-LENGTHS = {"ReverseDistillation": {"epochs": 200, "batch": 16},
-           "EfficientAd": {"steps": 70000, "batch": 1},
-           "Supersimplenet": {"epochs": 300, "batch": 32},
-           "Dsr": {"steps": 100000, "batch": 8},
-           "Draem": {"epochs": 700, "batch": 8},
-           "Stfpm": {"epochs": 100, "batch": 32},
-           "Fastflow": {"epochs": 500, "batch": 32}}
+# Length and batch of a training, with the source of each: the authors' repository, or anomalib's
+# configuration files. anomalib 2.7 sets neither for these models. In brackets: where anomalib's
+# configuration differs from the authors.
+LENGTHS = {
+    "ReverseDistillation": {"epochs": 200, "batch": 16},     # hq-deng/RD4AD, main.py (batch 32)
+    "EfficientAd": {"steps": 70000, "batch": 1},             # anomalib's efficient_ad.yaml
+    "Supersimplenet": {"epochs": 300, "batch": 32},          # blaz-r/SuperSimpleNet, train.py
+    "Dsr": {"epochs": 150, "batch": 8},                      # VitjanZ/DSR_anomaly_detection: 100,
+                                                             # and 50 of its upsampling (700)
+    "Draem": {"epochs": 700, "batch": 8},                    # VitjanZ/DRAEM, README.md
+    "Stfpm": {"epochs": 100, "batch": 32},                   # gdwang08/STFPM, main.py
+    "Fastflow": {"epochs": 500, "batch": 32}}                # anomalib's config.yaml before 1.0
 BATCH = 32                                              # of a model that is not listed
 CACHE = 4e9                                             # bytes of images that are kept in memory
 
@@ -234,7 +238,7 @@ def raw_maps(model, photos: Photos, device: torch.device) -> tuple[np.ndarray, l
 
 
 def epochs_of(name: str, epochs: int, steps: int, count: int, batch: int, own: dict) -> int:
-    """The epochs of a training, from the flags, the model, or its paper. Raises InputError.
+    """The epochs of a training, from the flags, the model, or its authors. Raises InputError.
 
     count: training images; own: the trainer arguments that the model sets itself.
     """
@@ -242,9 +246,9 @@ def epochs_of(name: str, epochs: int, steps: int, count: int, batch: int, own: d
         if epochs or steps:
             raise InputError(f"--epochs, --steps: {name} always trains for {own['max_epochs']}")
         return own["max_epochs"]
-    paper = LENGTHS.get(name, {})
+    published = LENGTHS.get(name, {})
     if not epochs and not steps:
-        epochs, steps = paper.get("epochs", 0), paper.get("steps", 0)
+        epochs, steps = published.get("epochs", 0), published.get("steps", 0)
     if not epochs and not steps:
         raise InputError(f"--model {name}: anomalib sets no length for it; give --epochs or "
                          f"--steps")
@@ -281,11 +285,11 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=256, help="side to which images are resized "
                         "(default 256)")
     parser.add_argument("--epochs", type=int, default=0, help="length of the training (default: "
-                        "the model's own, or that of its paper)")
+                        "the model's own, or that of its authors)")
     parser.add_argument("--steps", type=int, default=0, help="the same in steps, rounded up to "
                         "whole epochs")
     parser.add_argument("--batch", type=int, default=0, help="images in a step (default: that of "
-                        "the method's paper)")
+                        "the method's authors)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--set", dest="options", type=option, action="append", default=[],
