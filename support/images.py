@@ -44,7 +44,7 @@ def decode(image: Image.Image, name, is_mask: bool = False) -> Image.Image:
     mask, if 16-bit values lose most of their grey levels or if the image looks like a mask.
     """
     is_16_bit = ";16" in str(getattr(image, "tile", ""))           # load() clears `tile`
-    image.load()
+    load_unmapped(image)
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         warnings.warn(f"{name}: {image.n_frames} pages, only the first is read")
     tags, upright = getattr(image, "tag_v2", {}), ImageOps.exif_transpose(image)
@@ -64,6 +64,16 @@ def decode(image: Image.Image, name, is_mask: bool = False) -> Image.Image:
     if not warned and is_two_valued(upright):
         warnings.warn(LIKE_A_MASK.format(name))
     return upright
+
+
+def load_unmapped(image: Image.Image) -> None:
+    """`image.load()` without mapping the file into memory, as Pillow does with an uncompressed file
+    that it opened by its name: Pillow 13 garbles a mapped TIFF of orientation 5 to 8."""
+    name, image.filename = getattr(image, "filename", ""), ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def warn_of_lost_levels(values: np.ndarray, name, cut: bool = False) -> bool:

@@ -55,6 +55,23 @@ def test_a_photo_is_read_as_a_viewer_shows_it(tmp_path, suffix, orientation):
     assert size_of(path) == (48, 16)
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_an_uncompressed_tiff_is_turned_as_its_tag_says(tmp_path, mode, orientation):
+    """Read by its name, and as an image that the user has opened."""
+    levels = np.random.default_rng(0).integers(0, 256, (16, 48, 4)).astype(np.uint8)
+    if mode == "I;16":
+        original = Image.fromarray(257 * levels[..., 0].astype(np.uint16))
+    else:
+        original = Image.fromarray(levels).convert("RGB").convert(mode)
+    turned = original if orientation == 1 else original.transpose(STORED[orientation])
+    turned.save(tmp_path / "part.tif", tiffinfo={274: orientation})
+    with Image.open(tmp_path / "part.tif") as opened:
+        for image in (open_image(tmp_path / "part.tif"), predict.as_rgb(opened)):
+            assert np.array_equal(to_rgb(image), to_rgb(original))
+        assert opened.filename == str(tmp_path / "part.tif")
+
+
 def test_a_mask_is_compared_with_the_photo_as_it_is_shown(tmp_path):
     """A mask painted over a viewer's picture and one turned like the photo are the same mask."""
     photo = turned(upright(), 6, tmp_path / "photo.jpg")

@@ -21,11 +21,13 @@ import compare_metrics
 import download
 import evaluate
 import import_authors
+import photo_quality
 import predict
 import readme_figures
 import score_maps
 import settings
 import sweep
+import threshold_promise
 import thresholds
 import transfusion
 from helpers import ROOT
@@ -106,9 +108,11 @@ PARSERS = {
     "tools/compare_metrics.py": lambda argv: compare_metrics.command_line().parse_args(argv),
     "tools/download.py": lambda argv: download.command_line().parse_args(argv),
     "tools/import_authors.py": parse_import,
+    "tools/photo_quality.py": lambda argv: photo_quality.command_line().parse_args(argv),
     "tools/readme_figures.py": lambda argv: readme_figures.command_line().parse_args(argv),
     "tools/score_maps.py": lambda argv: score_maps.command_line().parse_args(argv),
     "tools/sweep.py": parse_train_flags(sweep.command_line),
+    "tools/threshold_promise.py": lambda argv: threshold_promise.command_line().parse_args(argv),
     "tools/thresholds.py": lambda argv: thresholds.command_line().parse_args(argv),
 }
 
@@ -143,7 +147,8 @@ def test_flags_exist(capsys):
         predict.parse(["--help"])
     flags = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
     for module in (settings, evaluate, anomalib_maps, bench, compare_metrics, download,
-                   readme_figures, score_maps, sweep, thresholds):
+                   photo_quality, readme_figures, score_maps, sweep, threshold_promise,
+                   thresholds):
         actions = module.command_line()._actions
         flags |= {option[2:] for action in actions for option in action.option_strings}
     flags -= {"eval", "weights"}                                        # commands of their own now

@@ -1,0 +1,103 @@
+"""Does the threshold keep its promise? False alarms of fresh good photos, by how many set it.
+
+    python tools/threshold_promise.py runs/demo/fabric --csv results/threshold_promise.csv
+
+For runs of the demo, whose good photos can be drawn without end. Fresh ones are scored once. Many
+times, n of them are dealt at random and set a threshold by `metrics.threshold`, as held-out photos
+do; the others are new photos, also under brighter and darker light. A row of the table is an n and
+a light, with the false alarm rate over all deals beside the promised one.
+"""
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
+
+import demo
+from data import preprocess
+from evaluate import network_calls, scores_of
+from metrics import CalibrationScores, threshold
+from photo_quality import light, rounded
+from runs import load_model
+from support.console import InputError, exit_status, progress_bar
+from support.devices import pick_device
+from support.files import save_csv
+
+FIRST = 10000                           # number of the first fresh photo; the demo has 104 good
+COUNTS = (8, 20, 50, 100, 200, 400, 1000, 2000)
+LIGHTS = (0.95, 0.97, 1, 1.03, 1.05)    # the brightness of new photos, as a factor
+
+
+def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: int) -> list[dict]:
+    """A row for each number of photos and each light. scores: of the same photos, [N], by light.
+
+    The threshold is set under the light 1, by at most two thirds of the photos.
+    """
+    rows, N = [], len(scores[1])
+    for count in (n for n in COUNTS if 3 * n <= 2 * N):
+        rng, rates = np.random.default_rng(count), {factor: [] for factor in scores}
+        for _ in range(deals):
+            order = rng.permutation(N)
+            dealt = CalibrationScores(scores[1][order[:count]].tolist(), [], [], 0)
+            limit = threshold(dealt, false_alarms)
+            for factor in scores:
+                rates[factor].append(np.mean(scores[factor][order[count:]] > limit.value))
+        for factor, values in rates.items():
+            low, high = np.quantile(values, (0.05, 0.95))
+            rows.append({"photos": count, "light": factor, "fresh": N, "deals": deals,
+                         "promised": limit.rate, "false_alarms_mean": np.mean(values),
+                         "false_alarms_5": low, "false_alarms_95": high,
+                         "share_above_10": np.mean(np.array(values) > 0.1)})
+    return rows
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Try the threshold's promise on fresh photos.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs of the demo")
+    parser.add_argument("--photos", type=int, default=600, metavar="N",
+                        help="fresh photos to draw (default 600)")
+    parser.add_argument("--deals", type=int, default=2000, metavar="N",
+                        help="random deals for each number of photos (default 2000)")
+    parser.add_argument("--infer-steps", type=int, default=1, metavar="K",
+                        help="network calls per photo (default 1: of good photos, the score hardly "
+                             "depends on them)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there")
+    return parser
+
+
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
+    flags = command_line().parse_args(argv)
+    if flags.photos < 12 or flags.deals < 1:
+        raise InputError("--photos must be at least 12, --deals at least 1")
+    rows = []
+    for folder in flags.runs:
+        model, s, _ = load_model(folder / "last.pt", pick_device(flags.device))
+        if s.data != "demo":
+            raise InputError(f"{folder}: a run of {s.data}; only the demo's photos can be drawn")
+        s = replace(s, infer_steps=flags.infer_steps)
+        network_calls(model, s)
+        photos = [Image.fromarray(demo.draw(s.category, None, FIRST + k)[0]) for k in
+                  progress_bar(range(flags.photos), desc="drawing", unit="image", leave=False)]
+        scores = {}
+        for factor in LIGHTS:
+            images = torch.tensor(np.stack([preprocess(light(photo, factor), s.resize, s.crop)
+                                            for photo in photos]))
+            scores[factor] = np.array(scores_of(model, s, images, range(len(images))))
+        for row in promise_rows(scores, s.false_alarms, flags.deals):
+            rows.append({"data": s.data, "category": s.category, "preset": s.preset,
+                         "seed": s.seed, "infer_steps": flags.infer_steps, **rounded(row)})
+            print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        if flags.csv:
+            save_csv(flags.csv, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
