@@ -141,23 +141,26 @@ class Threshold(NamedTuple):
     count: int
 
 
-ODD = 4              # how many times as far above the median as nine tenths of the scores reach
+# How many times as far above the median as nine tenths of the scores reach does a score lie that
+NAMED = 2            # is worth a look at its image
+ODD = 4              # sets no threshold
 FEWEST = 3           # held-out images: the median of fewer follows a single odd one
 CLEARLY = 0.1        # level of the rank test: held-out images score higher than the training's
 
 
-def stand_out(scores: np.ndarray) -> np.ndarray:
+def stand_out(scores: np.ndarray, times: float = ODD) -> np.ndarray:
     """Which scores of normal images lie far above the others, bool [N].
 
-    Those more than ODD times as far above the median as nine tenths of the scores reach: one in 7
-    million of normally distributed scores, one in 1,250 of exponentially distributed ones. Never
-    more than a tenth of them, hardly ever one of fewer than ten, and none within 8 % of the median.
+    Those more than `times` as far above the median as nine tenths of the scores reach: with ODD one
+    in 7 million of normally distributed scores, one in 1,250 of exponentially distributed ones;
+    with NAMED one in 200 and one in 50. Never more than a tenth of them, hardly ever one of fewer
+    than ten, and none within 2 % of the median for each time.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if not len(scores):
         return np.zeros(0, bool)
     median, upper = np.quantile(scores, [0.5, 0.9])
-    return scores > median + ODD * max(upper - median, 0.02 * median)
+    return scores > median + times * max(upper - median, 0.02 * median)
 
 
 def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05, odd: int = 0) -> Threshold:
@@ -205,10 +208,13 @@ def normal_scores(scores: CalibrationScores) -> np.ndarray:
 
 
 def odd_ones(scores: CalibrationScores) -> list[tuple[int, float]]:
-    """Index and score of the held-out and training images that `stand_out`, the highest first. The
-    held-out images are counted first, then the training's."""
+    """Index and score of the held-out and training images worth a look, the highest first.
+
+    The held-out images are counted first, then the training's. Of the demo's 80 good parts one to
+    three are among them. An image that was trained on scores lower than a new one with its defect.
+    """
     comparable, own = normal_scores(scores), scores.held_out + scores.training
-    odd = np.flatnonzero(stand_out(comparable))
+    odd = np.flatnonzero(stand_out(comparable, NAMED))
     return [(int(k), own[k]) for k in odd[np.argsort(-comparable[odd])]]
 
 

@@ -35,11 +35,12 @@ def paper_table(name: str) -> list[dict[str, str]]:
 def our_metrics(name: str, runs: str) -> dict[str, dict]:
     """Our metrics of every category of a data set, and "crop", the side in pixels that is seen.
 
-    They come from metrics.json under `runs`, or else from results/runs.csv (its first seed).
+    They come from metrics.json under `runs`, or else from results/runs.csv (its first seed, at the
+    default preset if there is such a row).
     """
     metrics = {}
     with open(HERE.parent / "results" / "runs.csv", newline="") as file:
-        for row in csv.DictReader(file):
+        for row in sorted(csv.DictReader(file), key=lambda row: "--preset" in row["command"]):
             if row["data"] == name and "--name" not in row["command"]:
                 crop_flag = re.search(r"--crop (\d+)", row["command"])
                 preset = {**dataclasses.asdict(Settings()), **PRESETS[row["preset"]]}

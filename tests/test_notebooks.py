@@ -195,6 +195,13 @@ def test_categories_are_complete():
         assert sorted(names(table)) == sorted([*CATEGORIES["visa"], "average"]), table
 
 
+def test_without_runs_our_numbers_are_of_the_default_preset(tmp_path):
+    """Gear also has rows of `--preset cpu`, and they come first."""
+    metrics = tables.our_metrics("demo", str(tmp_path))
+    assert {row["preset"] for row in metrics.values()} == {"quick"} and len(metrics) == 3
+    assert {row["preset"] for row in tables.our_metrics("mvtec", str(tmp_path)).values()} == {"cpu"}
+
+
 def test_marks():
     assert tables.mark_best(["1", "3", "", "2", "3", "0.5"]) == ["//1//", "**3**", "", "__2__",
                                                                 "**3**", "0.5"]

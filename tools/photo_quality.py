@@ -132,6 +132,20 @@ def quality_rows(model: Method, s: Settings, paths: list[Path], labels: np.ndarr
     return rows
 
 
+def table(rows: list[dict]) -> list[str]:
+    """The page's table: false alarm rate / detection rate / image AUROC in per cent by product."""
+    products = list(dict.fromkeys(row["category"] for row in rows))
+    cells = {(row["change"], str(row["value"]), row["category"]):
+             " / ".join(f"{100 * float(row[k]):.{digits}f}" for k, digits in
+                        (("false_alarm_rate", 0), ("detection_rate", 0), ("image_auroc", 1)))
+             for row in rows}
+    lines = [f"| change | {' | '.join(products)} |", "|---" * (1 + len(products)) + "|"]
+    for name, value in dict.fromkeys((name, value) for name, value, _ in cells):
+        shown = (cells.get((name, value, product), "-") for product in products)
+        lines.append(f"| {f'{name}: {value}' if value else name} | {' | '.join(shown)} |")
+    return lines
+
+
 def rounded(row: dict) -> dict:
     return {k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v
             for k, v in row.items()}
@@ -179,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
                          "threshold": round(limit, 5), **rounded(row)})
         if flags.csv:
             save_csv(flags.csv, rows)
+    print(*table(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,23 @@ def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: in
     return rows
 
 
+def table(rows: list[dict]) -> list[str]:
+    """The page's table: mean false alarm rate (5 % and 95 % quantile) in per cent by light."""
+    lights = list(dict.fromkeys(float(row["light"]) for row in rows))
+    titles = ["product, good photos", "promised", *(f"light x {light:g}" for light in lights)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["category"], row["photos"], row["promised"]), []).append(row)
+    for (category, photos, promised), group in groups.items():
+        cells = ("{:.0f} ({:.0f} to {:.0f})".format(*(100 * float(row[f"false_alarms_{k}"])
+                                                      for k in ("mean", "5", "95")))
+                 for row in group)
+        lines.append(f"| {category}, {photos} | {100 * float(promised):.1f} | "
+                     f"{' | '.join(cells)} |")
+    return lines
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Try the threshold's promise on fresh photos.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs of the demo")
@@ -97,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         if flags.csv:
             save_csv(flags.csv, rows)
+    print(*table(rows), sep="\n")
 
 
 if __name__ == "__main__":
