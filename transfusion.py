@@ -136,7 +136,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v, each (B, heads, pixels, C).
 
     Written out on the CPU, where torch's fused kernel takes about twice as long to train in
-    bfloat16 (in float32, and without a backward pass, it would be the faster one).
+    bfloat16. Without a backward pass it makes the network no faster (docs/speed.md).
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)

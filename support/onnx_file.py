@@ -15,12 +15,14 @@ FORMAT = "1"                                        # version of the metadata, i
 INPUT, OUTPUTS = "photo", ["score", "map", "restored"]
 
 
-def load_onnx(path: Path, runtime: str = "auto") -> tuple[dict[str, str], Callable]:
+def load_onnx(path: Path, runtime: str = "auto",
+              exact: bool = False) -> tuple[dict[str, str], Callable]:
     """The metadata of a file, and a function from photos to its outputs by name.
 
     photos: uint8 [B, crop, crop, 3]. The outputs are arrays: score [B] and map [B, crop, crop],
     float32, and restored, as the photos. runtime: a key of RUNTIMES; "auto" or "cpu" is the first
-    that is installed. Raises InputError for a file that tools/export.py did not write.
+    that is installed. exact: in float32, also where OpenVINO would take bfloat16. Raises InputError
+    for a file that tools/export.py did not write.
     """
     installed = [name for name in RUNTIMES if importlib.util.find_spec(name)]
     chosen = next(iter(installed), "onnxruntime") if runtime in ("auto", "cpu") else runtime
@@ -32,7 +34,7 @@ def load_onnx(path: Path, runtime: str = "auto") -> tuple[dict[str, str], Callab
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        metadata, run = RUNTIMES[chosen](path)
+        metadata, run = RUNTIMES[chosen](path, exact)
     except Exception as error:                      # each runtime has its own
         last_line = str(error).strip().split("\n")[-1][:120]
         raise InputError(f"{path} is not an ONNX file, or a damaged one ({chosen}: {last_line})")
@@ -42,7 +44,7 @@ def load_onnx(path: Path, runtime: str = "auto") -> tuple[dict[str, str], Callab
     return metadata, run
 
 
-def open_with_onnxruntime(path: Path) -> tuple[dict[str, str], Callable]:
+def open_with_onnxruntime(path: Path, exact: bool) -> tuple[dict[str, str], Callable]:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -55,14 +57,16 @@ def open_with_onnxruntime(path: Path) -> tuple[dict[str, str], Callable]:
     return session.get_modelmeta().custom_metadata_map, run
 
 
-def open_with_openvino(path: Path) -> tuple[dict[str, str], Callable]:
+def open_with_openvino(path: Path, exact: bool) -> tuple[dict[str, str], Callable]:
     import openvino
     from openvino.frontend import FrontEndManager
     frontend = FrontEndManager().load_by_framework("onnx")
     model = frontend.convert(frontend.load(str(path)))
     metadata = model.get_rt_info(["framework"]).value if "framework" in model.rt_info else {}
-    compiled = openvino.compile_model(model, "CPU",
-                                      {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if exact:
+        options["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = openvino.compile_model(model, "CPU", options)
 
     def run(photos: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array.copy() for name, array in zip(OUTPUTS, compiled(photos).values())}

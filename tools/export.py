@@ -32,6 +32,7 @@ from transfusion import Method, anomaly_score, final_mask
 
 PREPROCESSING = ("8-bit RGB; resized to resize x resize, bilinear with antialiasing (Pillow's "
                  "BILINEAR), aspect not kept; centre crop of crop x crop; uint8 [B, crop, crop, 3]")
+EXPORTABLE = ("transfusion", "draem")   # the others draw noise, take gradients or keep patches
 LARGEST_DIFFERENCE = 1e-4               # of the file's scores from the model's
 
 
@@ -53,8 +54,13 @@ class WholeInspection(nn.Module):
 
 def export(inspector: predict.Inspector) -> bytes:
     """The content of the ONNX file. Raises InputError for a model that cannot be exported."""
+    if not importlib.util.find_spec("onnx"):
+        raise InputError("tools/export.py needs two more packages: pip install onnx onnxruntime "
+                         "(or openvino in place of the latter)")
     import onnx
     s = inspector.s
+    if s.method not in EXPORTABLE:
+        raise InputError(f"--method {s.method}: cannot be exported; {' and '.join(EXPORTABLE)} can")
     if s.final_mask != "combined":
         raise InputError(f"--final-mask {s.final_mask}: only combined can be exported")
     inspector.model.bf16 = False                        # of TransFusion and the other methods
@@ -96,7 +102,7 @@ def refuse_if_different(content: bytes, network: WholeInspection) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(content)
-        _, run = load_onnx(path)
+        _, run = load_onnx(path, exact=True)
         try:
             scores = run(photos)["score"]
         except Exception as error:                      # each runtime has its own
@@ -126,9 +132,6 @@ def main(argv: list[str] | None = None) -> None:
     path = flags.file.expanduser()
     if path.suffix.lower() != ".onnx" or not path.absolute().parent.is_dir():
         raise InputError(f"{path}: give a name that ends in .onnx, in a folder that exists")
-    if not importlib.util.find_spec("onnx"):
-        raise InputError("tools/export.py needs two more packages: pip install onnx onnxruntime "
-                         "(or openvino in place of the latter)")
     changes = {k: getattr(flags, k) for k in ("infer_steps", "false_alarms")
                if getattr(flags, k) is not None}
     inspector = predict.load(flags.run, "cpu", **changes)
