@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import json
 import math
 import os
 import re
@@ -76,6 +77,7 @@ with own_modules():
     from support.images import decode, open_image, to_rgb, warn_of_lost_levels
     from support.layouts import (PICTURES, Category, find_files, find_images, matching_paths,
                                  root_folder, unread_files)
+    from support.onnx_file import load_onnx
     from support.page import HighestScores, PageRow, web_page
     from support.pictures import over_grey
     from support.report import print_odd_photos
@@ -212,30 +214,75 @@ class Inspector:
         """`inspect` for a list of images that the network restores as one batch."""
         pictures = [as_rgb(image) for image in images]
         arrays = np.stack([preprocess(image, self.s.resize, self.s.crop) for image in pictures])
-        x = scale(torch.tensor(arrays).to(next(self.model.parameters()).device))
-        restored = self.model.restore(x, self.s.infer_steps)
-        maps = final_maps({name: getattr(restored, name)[:, 0].cpu().numpy()
-                           for name in ("M_disc", "M_recon", "M_last")}, self.s)
+        x_0, maps = self.restore(torch.tensor(arrays))
         scores = image_scores(maps).tolist()
         limit = self.threshold and self.threshold.value
         edge = (self.s.resize - self.s.crop) / 2 / self.s.resize
         return [Inspection(displayed, image.size, score, *uncrop(displayed, M, x_0, edge), limit, M,
                            edge)
                 for image, displayed, score, M, x_0 in
-                zip(pictures, map(as_shown, pictures), scores, maps, restored.x_0.cpu())]
+                zip(pictures, map(as_shown, pictures), scores, maps, x_0)]
+
+    def restore(self, images: Tensor) -> tuple[Tensor, np.ndarray]:
+        """x_0 [B, 3, crop, crop] and M_final [B, crop, crop] of uint8 images [B, 3, crop, crop]."""
+        x = scale(images.to(next(self.model.parameters()).device))
+        restored = self.model.restore(x, self.s.infer_steps)
+        return restored.x_0.cpu(), final_maps({name: getattr(restored, name)[:, 0].cpu().numpy()
+                                               for name in ("M_disc", "M_recon", "M_last")}, self.s)
+
+    @property
+    def calls(self) -> int:
+        """The network calls of an image."""
+        return network_calls(self.model, self.s)
+
+
+class OnnxInspector(Inspector):
+    """An Inspector whose model is an ONNX file of tools/export.py. Raises InputError for other
+    metadata, and for changes of scoring settings that such a file does not allow."""
+
+    def __init__(self, path: Path, device: str, changes: dict):
+        data, run = load_onnx(path, device)
+        try:
+            scores = json.loads(data["calibration"])
+            s = Settings(resize=int(data["resize"]), crop=int(data["crop"]),
+                         infer_steps=int(data["infer_steps"]),
+                         false_alarms=float(data["false_alarms"]))
+            scores = scores and CalibrationScores(**scores)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path} holds other metadata than tools/export.py writes ({error}); "
+                             f"export the run again")
+        fixed = [name for name, value in changes.items()
+                 if name != "false_alarms" and value != getattr(s, name)]
+        if fixed:
+            raise InputError(f"{', '.join(fixed)}: fixed in {path}; export the run with another")
+        s = dataclasses.replace(s, **changes)
+        check(s)
+        super().__init__(run, s, scores)
+
+    def restore(self, images: Tensor) -> tuple[Tensor, np.ndarray]:
+        outputs = self.model(images.permute(0, 2, 3, 1).contiguous().numpy())
+        return scale(torch.tensor(outputs["restored"]).permute(0, 3, 1, 2)), outputs["map"]
+
+    @property
+    def calls(self) -> int:
+        return self.s.infer_steps
 
 
 def load(run, device: str = "auto", **changes) -> Inspector:
-    """Load the model of a run folder or of a checkpoint file.
+    """Load the model of a run folder, of a checkpoint file, or of an ONNX file of tools/export.py.
 
     changes: scoring settings to override, such as `false_alarms=0.01` or `infer_steps=5`. Raises
     ValueError for a file that is not a checkpoint and for invalid settings.
     """
     path = Path(run).expanduser()
-    model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
     not_scoring = set(changes) - names_of("scoring")
     if not_scoring:
         raise InputError(f"{', '.join(sorted(not_scoring))}: cannot be changed after training")
+    if changes.get("final_mask") == "last":
+        changes = {"infer_steps": 0, **changes}         # M_1 exists only if every step is visited
+    if path.suffix.lower() == ".onnx" and not path.is_dir():
+        return OnnxInspector(path, device, changes)
+    model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))
     s = dataclasses.replace(s, **changes)
     check(s)
     network_calls(model, s)
@@ -447,7 +494,7 @@ def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: 
             batch, pictures = range(start, min(start + flags.batch, len(files))), {}
             for k in batch:
                 try:
-                    pictures[k] = to_rgb(open_image(files[k]))
+                    pictures[k] = np.asarray(to_rgb(open_image(files[k])))
                 except InputError as error:
                     problems.append(names[k])
                     bar.write(f"error: {error}", file=sys.stderr)
@@ -495,11 +542,14 @@ def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: 
     write_page(end)
     if stopped:
         raise KeyboardInterrupt(f"{end}; the results so far are in {out}")
+    written = ["index.html", "scores.csv", "regions.csv",
+               *(["heatmaps", "restored"] if flags.pictures != "none" else []),
+               *(["maps"] if flags.maps else [])]
     print(f"{highest.count} images inspected"
           + (f", {highest.defective} defective" if model.threshold else ", no verdicts")
           + (f", {len(problems)} could not be read or written" if problems else "")
           + (f"; {len(by_part)} parts in parts.csv" if parts else "")
-          + f"; index.html, scores.csv, regions.csv, heatmaps and restored are in {out}")
+          + f"; {', '.join(written[:-1])} and {written[-1]} are in {out}")
     return 1 if problems or unwritten else 0
 
 
@@ -548,6 +598,9 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     images are counted as training images, because a few photos alone would bound the false alarm
     rate poorly. All images are scored with the run's own settings, even if flags change them.
     """
+    if isinstance(model, OnnxInspector):
+        raise InputError(f"--calibrate: {run} keeps its threshold; calibrate the run folder, then "
+                         f"export it again with tools/export.py")
     path = run / "last.pt" if run.is_dir() else run
     s, state = load_checkpoint(path)
     files, notes = find_photos(flags.calibrate, Path(flags.out or run).expanduser())
@@ -589,15 +642,14 @@ def print_threshold(model: Inspector, run: str) -> None:
               f"GOOD_PHOTOS gives it one")
         return
     print(describe_threshold(model.calibration, model.threshold))
-    calls = network_calls(model.model, model.s)
-    if calls != model.calibration.infer_steps:
+    if model.calls != model.calibration.infer_steps:
         print(f"warning: the threshold was set with {model.calibration.infer_steps} network calls "
-              f"and not with {calls}; scores shift a little", file=sys.stderr)
+              f"and not with {model.calls}; scores shift a little", file=sys.stderr)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Inspect images with a trained model.")
-    parser.add_argument("run", metavar="RUN", help="a run folder, or a checkpoint")
+    parser.add_argument("run", metavar="RUN", help="a run folder, a checkpoint, or an ONNX file")
     parser.add_argument("images", metavar="IMAGES", nargs="*",
                         help="files, folders (searched through) or globs")
     parser.add_argument("--out", help="folder to write to; needed with IMAGES; the results of an "
@@ -619,7 +671,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="network calls an image (default: the run's)")
     parser.add_argument("--false-alarms", type=float, metavar="RATE",
                         help="false-alarm rate of the image threshold (default: the run's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; for an "
+                        "ONNX file onnxruntime or openvino")
     parser.add_argument("--batch", type=int, default=8, help="images at a time (default 8)")
     flags = parser.parse_args(argv)
     if flags.batch < 1:
@@ -628,6 +681,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give IMAGES to inspect, or --calibrate GOOD_PHOTOS")
     if flags.images and not flags.out:
         parser.error("the following arguments are required: --out")
+    if flags.out and not flags.images:
+        parser.error("--out is for IMAGES, and there are none: write these before --calibrate")
     if not flags.images and (flags.false_alarms is not None or flags.infer_steps is not None):
         parser.error("--false-alarms and --infer-steps are for IMAGES; --calibrate takes the run's")
     return flags

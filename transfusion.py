@@ -136,7 +136,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v, each (B, heads, pixels, C).
 
     Written out on the CPU, where torch's fused kernel takes about twice as long to train in
-    bfloat16 (in float32, and without a backward pass, it would be the faster one).
+    bfloat16. Without a backward pass it makes the network no faster (docs/speed.md).
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
@@ -491,7 +491,7 @@ class TransFusion(Method):
         path = self.path(infer_steps)
         x_t, guide = x, torch.zeros_like(x[:, :1])
         for t, t_prev in zip(path, path[1:]):
-            eps_t, n_t, logit = self.predict(x_t, guide, torch.full((len(x),), t, device=x.device))
+            eps_t, n_t, logit = self.predict(x_t, guide, torch.full(x.shape[:1], t, device=x.device))
             binary = (logit > 0).float()                                       # M_t > 0.5
             x_prev = reverse_step(x_t, binary, eps_t, n_t, self.beta[t], self.beta[t_prev])  # Eq. 4
             yield Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev)

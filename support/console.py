@@ -82,8 +82,9 @@ def printable(name: str) -> str:
 
 # ---------------------------------------------------------------- the end of a command
 
-OUT_OF_MEMORY = ("error: the GPU's memory is full ({}); --recompute and a smaller --eval-batch "
-                 "take less, and so does a smaller --batch, for a training with another --name")
+OUT_OF_MEMORY = ("error: the GPU's memory is full ({}); less is taken by a smaller --batch "
+                 "(predict.py), a smaller --eval-batch (evaluate.py, train.py) or --recompute "
+                 "(train.py; a smaller --batch there needs another --name)")
 
 
 def warning_kind(message: str) -> str:

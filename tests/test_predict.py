@@ -450,3 +450,19 @@ def test_a_score_that_is_no_number_is_an_error_everywhere(trained_parts, monkeyp
         model.inspect(picture().astype(np.uint8))
     with pytest.raises(InputError, match="a score is no number"):
         evaluate.score(model.model, s, data.load_run_data(s, training=False))
+
+
+def test_a_photo_that_looks_like_a_mask_is_warned_of_once(factory, capsys):
+    photo = factory / "mask_like.png"
+    png(photo, np.repeat(np.repeat([[0, 255], [255, 0]], 24, 0), 24, 1).astype(np.uint8))
+    assert run_predict(factory / "runs/parts/bolt", photo, "--out", factory / "out", "--pictures",
+                       "none", "--maps", "tiff") == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("at most two grey values") == 1
+    assert printed.out.endswith("; index.html, scores.csv, regions.csv and maps are in "
+                                f"{factory / 'out'}\n")
+
+
+def test_the_last_mask_alone_is_that_of_all_steps(trained_parts):
+    model = predict.load(trained_parts / "runs/parts/bolt", "cpu", final_mask="last")
+    assert model.s.infer_steps == 0

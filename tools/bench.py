@@ -8,6 +8,7 @@ same precision.
 """
 import argparse
 import dataclasses
+import importlib.util
 import platform
 import statistics
 import sys
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one fol
 
 import demo
 import metrics
+import predict
 from data import SCORING_GRID, Images, load_mask, load_run_data
 from runs import Run, build_model, new_run
 from settings import Settings, parse
@@ -30,6 +32,7 @@ from support.console import InputError, exit_status
 from support.devices import hardware
 from support.files import save_csv, save_json
 from support.layouts import Category
+from support.onnx_file import RUNTIMES
 from train import make_batch
 from transfusion import Method, TransFusion
 
@@ -176,6 +179,30 @@ def cost_rows(s: Settings, repeats: int) -> list[dict]:
     return rows
 
 
+def runtime_rows(run: str, file: str, repeats: int) -> list[dict]:
+    """A photo restored and scored by PyTorch, and by the run's ONNX file in each installed runtime.
+
+    They take turns, and the row has the least processor time, so that other programs on the machine
+    matter little. PyTorch and OpenVINO compute in bfloat16 where they do so by default.
+    """
+    first, rows = predict.load(file), []
+    calls, side = first.calls, first.s.crop
+    models = {"PyTorch": predict.load(run, "cpu", infer_steps=calls)}
+    for name in filter(importlib.util.find_spec, RUNTIMES):
+        models[name] = predict.load(file, name)
+    for batch in (1, 8):
+        images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
+        times = {name: [] for name in models}
+        for _ in range(repeats + 1):
+            for name, model in models.items():
+                start = time.process_time()
+                model.restore(images)
+                times[name].append((time.process_time() - start) / batch)
+        rows += [row(f"photo by {name}, {calls} calls, batch {batch}", min(values[1:]))
+                 for name, values in times.items()]
+    return rows
+
+
 def scoring_rows(s: Settings, category: Category, repeats: int) -> list[dict]:
     """The metrics of the test set, of maps that have its size, and the decoding of images."""
     rng = np.random.default_rng(0)
@@ -220,6 +247,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--cost", type=Path, metavar="FILE",
                         help="also measure how the time of an image grows with its side, the "
                         "channels and the network calls, and write that there as CSV")
+    parser.add_argument("--onnx", nargs=2, metavar=("RUN", "FILE"),
+                        help="only compare PyTorch with the installed ONNX runtimes, in processor "
+                        "seconds: a run, and its file by tools/export.py")
     parser.add_argument("--memory", action="store_true",
                         help="also measure the peak memory by batch and image side")
     return parser
@@ -233,6 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in (json_path, cost_path):
         if path and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.parent}")
+    if flags.onnx:
+        print(hardware("cpu"))
+        return print_table(runtime_rows(*flags.onnx, flags.repeats), 1)
     s, _ = parse(["--category", "gear", "--preset", "cpu", "--root", "data", *train_flags])
     demo.write(Path(s.root) / "demo", "gear")
     rate = matmul_rate(torch.device(s.device), torch.bfloat16 if s.precision == "bf16" else
