@@ -129,7 +129,7 @@ def test_what_such_a_file_does_not_allow_is_refused(exported, trained_parts, tmp
     for argv, *expected in (
             (["--calibrate", photos], "--calibrate", "the run folder"),
             ([photos, "--out", "o", "--infer-steps", "1"], "infer_steps: fixed in"),
-            ([photos, "--out", "o", "--device", "cuda"], "--device cuda", "onnxruntime or openvino"),
+            ([photos, "--out", "o", "--device", "cuda"], "--device cuda", "or openvino"),
             ([photos, "--out", "o", "--false-alarms", "2"], "--false-alarms 2")):
         refused(capsys, [str(exported), *argv], *expected, command=predict.main)
     refused(capsys, [str(exported), str(tmp_path / "a.onnx")], "an ONNX file already",
