@@ -32,17 +32,20 @@ def draw_rows(file, photos: np.ndarray, restored: np.ndarray, M_final: np.ndarra
               names: list[str], truths: list) -> None:
     """Write a PNG with a row per image: input, restoration, map over image, map, ground truth.
 
-    photos, restored: [N, H, W, 3] in 0..255; M_final: [N, H, W]; truths: N masks [H, W] or None.
+    photos, restored: [N, H, W, 3] in 0..255; M_final: [N, H, W]; truths: N masks [H, W] or None. If
+    all are None, there is no such column.
     """
     from matplotlib.figure import Figure
     top = float(M_final.max())
     overlays = [over_grey(photo, M, top) for photo, M in zip(photos, M_final)]
-    truth = [np.full_like(M_final[0], np.nan) if M is None else top * M for M in truths]
     columns = {"image": photos, "restoration": restored, "map over image": overlays,
-               "anomaly map": M_final, "ground truth": truth}
+               "anomaly map": M_final}
+    if any(M is not None for M in truths):
+        columns["ground truth"] = [np.full_like(M_final[0], np.nan) if M is None else top * M
+                                   for M in truths]
 
-    figure = Figure(figsize=(10, 2 * len(photos) + 0.8), layout="constrained")
-    axes = figure.subplots(1, 5)
+    figure = Figure(figsize=(2 * len(columns), 2 * len(photos) + 0.8), layout="constrained")
+    axes = figure.subplots(1, len(columns))
     for axis, (title, pictures) in zip(axes, columns.items()):         # each column is one image
         side, white = len(pictures[0]), 255 if pictures[0].ndim == 3 else np.nan
         gap = side // 16
