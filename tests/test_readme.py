@@ -20,6 +20,7 @@ import bench
 import compare_metrics
 import download
 import evaluate
+import export
 import import_authors
 import photo_quality
 import predict
@@ -107,6 +108,7 @@ PARSERS = {
     "tools/bench.py": parse_train_flags(bench.command_line),
     "tools/compare_metrics.py": lambda argv: compare_metrics.command_line().parse_args(argv),
     "tools/download.py": lambda argv: download.command_line().parse_args(argv),
+    "tools/export.py": lambda argv: export.command_line().parse_args(argv),
     "tools/import_authors.py": parse_import,
     "tools/photo_quality.py": lambda argv: photo_quality.command_line().parse_args(argv),
     "tools/readme_figures.py": lambda argv: readme_figures.command_line().parse_args(argv),
