@@ -105,7 +105,7 @@ def refuse_if_different(content: bytes, network: WholeInspection) -> None:
         _, run = load_onnx(path, exact=True)
         try:
             scores = run(photos)["score"]
-        except Exception as error:                      # each runtime has its own
+        except Exception:                               # each runtime has its own
             scores = np.full(3, np.nan)
     expected = network(torch.from_numpy(photos))[0].numpy()
     if not np.abs(scores - expected).max() <= LARGEST_DIFFERENCE:
