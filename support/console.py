@@ -165,12 +165,15 @@ class StopRequest:
 
 # ---------------------------------------------------------------- progress
 
-def progress_bar(*args, leave: bool = True, kind: type[tqdm] = tqdm, **kwargs) -> tqdm:
-    """A progress bar. If standard error is not a terminal, a bar with leave=True writes a line per
-    minute, and one with leave=False writes nothing."""
+def progress_bar(*args, leave: bool = True, kind: type[tqdm] | None = None, **kwargs) -> tqdm:
+    """A progress bar, of class `kind` if that is given.
+
+    If standard error is not a terminal, a bar with leave=True writes a line per minute, and one with
+    leave=False writes nothing.
+    """
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return kind(*args, leave=leave, disable=not (terminal or leave),
-                mininterval=0.5 if terminal else 60, **kwargs)
+    return (kind or tqdm)(*args, leave=leave, disable=not (terminal or leave),
+                          mininterval=0.5 if terminal else 60, **kwargs)
 
 
 class StepBar(tqdm):
