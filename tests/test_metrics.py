@@ -1,5 +1,4 @@
 """Metrics against brute force, by the definition, one threshold at a time."""
-import time
 import warnings
 
 import numpy as np
@@ -101,24 +100,6 @@ def test_corner_pixels_touch():
     masks[0, 1, 1] = masks[0, 2, 2] = True
     weights = metrics.region_weights(masks)
     assert weights.tolist() == [0.5, 0.5]
-
-
-def test_aupro_takes_half_the_time_of_one_argsort():
-    """100 maps of 256 x 256, against one argsort of all pixels and a cumulative sum in float64."""
-    rng = np.random.default_rng(0)
-    maps, masks = rng.random((100, 256, 256), np.float32), np.zeros((100, 256, 256), bool)
-    masks[::2, 40:80, 100:160] = True
-
-    def seconds(work):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    plain = seconds(lambda: np.cumsum(masks.ravel()[np.argsort(maps.ravel())].astype(np.float64)))
-    assert seconds(lambda: metrics.aupro(maps, masks)) < 0.5 * plain
 
 
 def test_evaluate_against_pairs():
