@@ -289,8 +289,8 @@ def test_the_threshold_is_of_held_out_and_training_images():
 
 def normal_case(held_out: int, training: int, rng, memorised: float = 0.0):
     """Log-normal scores of spread 0.2; the training's lie `memorised` spreads lower."""
-    draw = lambda count, shift: np.exp(0.2 * (rng.normal(size=count) - shift)).tolist()
-    return draw(held_out, 0.0), draw(training, memorised)
+    return [np.exp(0.2 * (rng.normal(size=count) - shift)).tolist()
+            for count, shift in ((held_out, 0.0), (training, memorised))]
 
 
 def test_one_odd_held_out_image_does_not_set_the_threshold():

@@ -102,8 +102,8 @@ def test_a_defective_photo_among_the_good_ones_is_named_at_the_end(parts, capsys
     assert train.main(argv_for(parts, "--name", "odd")) == 0
     folder, out = run_of(parts, "odd"), capsys.readouterr().out.splitlines()
     at = [k for k, line in enumerate(out) if line == f"  look at this photo: its score stands "
-          f"out from those of the other good parts; a defective part among the good ones, or a rare "
-          f"good one? drawn in {folder / 'odd.png'}"]
+          f"out from those of the other good parts; a defective part among the good ones, or a "
+          f"rare good one? drawn in {folder / 'odd.png'}"]
     assert len(at) == 1
     assert out[at[0] + 1] == f"    {parts / 'bolt/train/good/odd.png'}: score 0.7843"
     assert out[-2] == f"open {folder / 'odd.png'}: photos of good parts whose scores stand out"

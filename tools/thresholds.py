@@ -4,11 +4,12 @@
 
 No training of a run has seen its held-out images or the good test images. These are dealt anew at
 random, many times: as many as were held out give a threshold, and it is applied to the others and
-to the defective images. Three rules are compared: "held-out" takes the held-out images alone;
-"higher", the earlier rule, the higher one of that threshold and of that of the held-out and
-training images together; "present" is `metrics.threshold`. The table has a row for a rule of a run;
---deals-csv writes one for a deal of a run, with the rates of "higher" and "present" side by side. The
-columns "with an odd one" repeat the deal, with the highest held-out score at twice its value.
+to the defective images. Three rules are compared: "held-out"
+takes the held-out images alone; "higher", the earlier rule, the higher one of that threshold and of
+that of the held-out and training images together; "present" is `metrics.threshold`. The table has a
+row for each rule of a run; --deals-csv writes a row for each deal, with the rates of "higher" and
+"present" side by side. For the columns with an odd one, the highest held-out score of every deal is
+doubled.
 """
 import argparse
 import csv
