@@ -23,7 +23,7 @@ from data import (Images, RunData, Textures, load_run_data, name_in, save_data_r
 from metrics import CalibrationScores, threshold
 from perlin import anomaly_appearance, anomaly_mask, random_perlin
 from runs import Run, load_model, result_path, saved_settings
-from settings import Settings, check, fields_of
+from settings import Settings, check, fields_of, with_all_steps
 from support import ranks
 from support.console import InputError, exit_status, progress_bar
 from support.devices import hardware, median_seconds, pick_device
@@ -295,9 +295,7 @@ def evaluate_run(folder: Path, changes: dict, device: str = "auto") -> dict:
     """
     device = pick_device(device)
     model, trained, state = load_model(folder / "last.pt", device)
-    if changes.get("final_mask") == "last":
-        changes = {"infer_steps": 0, **changes}        # M_1 exists only if every step is visited
-    s = dataclasses.replace(trained, device=str(device), **changes)
+    s = dataclasses.replace(trained, device=str(device), **with_all_steps(changes))
     check(s)
     network_calls(model, s)
     config = saved_settings(folder) or trained             # of a longer training, perhaps

@@ -141,9 +141,9 @@ class Threshold(NamedTuple):
     count: int
 
 
-# How many times as far above the median as nine tenths of the scores reach does a score lie that
-NAMED = 2            # is worth a look at its image
-ODD = 4              # sets no threshold
+# A score stands out if it lies so many times as far above the median as the 90 % quantile does:
+NAMED = 2            # its image is named
+ODD = 4              # it sets no threshold, either
 FEWEST = 3           # held-out images: the median of fewer follows a single odd one
 CLEARLY = 0.1        # level of the rank test: held-out images score higher than the training's
 
@@ -154,7 +154,7 @@ def stand_out(scores: np.ndarray, times: float = ODD) -> np.ndarray:
     Those more than `times` as far above the median as nine tenths of the scores reach: with ODD one
     in 7 million of normally distributed scores, one in 1,250 of exponentially distributed ones;
     with NAMED one in 200 and one in 50. Never more than a tenth of them, hardly ever one of fewer
-    than ten, and none within 2 % of the median for each time.
+    than ten, and none within `times` 2 % of the median.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if not len(scores):

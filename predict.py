@@ -69,7 +69,7 @@ with own_modules():
                           synthetic_defects)
     from metrics import CalibrationScores, describe_threshold, odd_ones, threshold
     from runs import load_checkpoint, load_model
-    from settings import Settings, check, names_of
+    from settings import Settings, check, names_of, with_all_steps
     from support.console import InputError, StopRequest, exit_status, progress_bar
     from support.devices import pick_device
     from support.files import (GrowingTable, locked_folder, make_folder, save_atomically,
@@ -278,8 +278,7 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     not_scoring = set(changes) - names_of("scoring")
     if not_scoring:
         raise InputError(f"{', '.join(sorted(not_scoring))}: cannot be changed after training")
-    if changes.get("final_mask") == "last":
-        changes = {"infer_steps": 0, **changes}         # M_1 exists only if every step is visited
+    changes = with_all_steps(changes)
     if path.suffix.lower() == ".onnx" and not path.is_dir():
         return OnnxInspector(path, device, changes)
     model, s, state = load_model(path / "last.pt" if path.is_dir() else path, pick_device(device))

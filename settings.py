@@ -193,8 +193,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     device = pick_device(values.get("device", "auto"))
     preset = values.get("preset") or default_preset(data, device, quiet=flags.resume)
     defaults = Settings(**preset_values(values.get("method", Settings.method), preset))
-    if values.get("final_mask") == "last":
-        values.setdefault("infer_steps", 0)      # M_1 exists only if every step is visited
+    values = with_all_steps(values)
     if "resize" in values:                                # the same share is cropped away
         values.setdefault("crop", max(16, values["resize"] * defaults.crop // defaults.resize
                                       // 8 * 8))
@@ -236,6 +235,11 @@ def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:
     if not quiet:
         print("no GPU: taking the cpu preset (--preset paper takes the paper's)")
     return "cpu"
+
+
+def with_all_steps(values: dict) -> dict:
+    """Settings by name. The map "last", M_1, exists only if a restoration visits every step."""
+    return {"infer_steps": 0, **values} if values.get("final_mask") == "last" else values
 
 
 def check(s: Settings) -> None:

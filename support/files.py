@@ -77,6 +77,12 @@ def save_csv(path: Path, rows: list[dict], columns: Sequence[str] = ()) -> None:
     save_atomically(path, lambda file: file.write(content))
 
 
+def rounded(row: dict) -> dict:
+    """A row of a table with its floats rounded to four decimals."""
+    return {k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v
+            for k, v in row.items()}
+
+
 NAMED_TABLES: set[Path] = set()         # tables whose failure has been named
 
 

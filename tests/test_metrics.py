@@ -320,8 +320,8 @@ def test_a_single_held_out_image_is_believed_and_promises_little():
     """Nothing tells whether it is odd or the training memorised its images."""
     limit = metrics.threshold(calibration([0.9], np.linspace(0.1, 0.2, 72)), 0.05)
     assert limit.value == 0.9 and limit.rate == 0.5
-    usual = metrics.threshold(calibration([0.15], np.linspace(0.1, 0.2, 72)), 0.05)
-    assert usual.value < 0.2 and usual.rate == pytest.approx(3 / 74)
+    pooled = metrics.threshold(calibration([0.15], np.linspace(0.1, 0.2, 72)), 0.05)
+    assert pooled.value < 0.2 and pooled.rate == pytest.approx(3 / 74)
 
 
 def false_alarms(held_out: int, training: int, memorised: float) -> tuple[float, float]:

@@ -362,9 +362,10 @@ def test_the_notebooks_take_rows_and_maps(bolt, tmp_path, capsys):
 
 def cell(notebook, cell_id):
     """The source of a notebook's cell."""
-    found, = [c for c in json.loads((tables.HERE / f"{notebook}.ipynb").read_text())["cells"]
-              if c["id"] == cell_id]
-    return "".join(found["source"])
+    source, = [c["source"] for c in
+               json.loads((tables.HERE / f"{notebook}.ipynb").read_text())["cells"]
+               if c["id"] == cell_id]
+    return "".join(source)
 
 
 def test_the_cells_of_the_notebooks_show_rows_and_maps(bolt, tmp_path, capsys, monkeypatch):

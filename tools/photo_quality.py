@@ -28,7 +28,7 @@ from runs import load_model
 from settings import Settings, check
 from support.console import InputError, exit_status
 from support.devices import pick_device
-from support.files import save_csv
+from support.files import rounded, save_csv
 from support.images import open_image, to_rgb
 from transfusion import Method
 
@@ -144,11 +144,6 @@ def table(rows: list[dict]) -> list[str]:
         shown = (cells.get((name, value, product), "-") for product in products)
         lines.append(f"| {f'{name}: {value}' if value else name} | {' | '.join(shown)} |")
     return lines
-
-
-def rounded(row: dict) -> dict:
-    return {k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v
-            for k, v in row.items()}
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -22,11 +22,11 @@ import demo
 from data import preprocess
 from evaluate import network_calls, scores_of
 from metrics import CalibrationScores, threshold
-from photo_quality import light, rounded
+from photo_quality import light
 from runs import load_model
 from support.console import InputError, exit_status, progress_bar
 from support.devices import pick_device
-from support.files import save_csv
+from support.files import rounded, save_csv
 
 FIRST = 10000                           # number of the first fresh photo; the demo has 104 good
 COUNTS = (8, 20, 50, 100, 200, 400, 1000, 2000)

@@ -28,7 +28,7 @@ from metrics import (CalibrationScores, Threshold, normal_threshold, synthetic_d
 from runs import load_model
 from support.console import InputError, exit_status
 from support.devices import pick_device
-from support.files import save_csv
+from support.files import rounded, save_csv
 
 
 def higher_threshold(scores: CalibrationScores, false_alarms: float) -> Threshold:
@@ -102,10 +102,6 @@ def side_by_side(rows: list[dict]) -> list[dict]:
             columns.update({f"{name}_{row['rule']}": row[name]
                             for name in ("false_alarms", "detected", "detected_odd")})
     return list(table.values())
-
-
-def rounded(row: dict) -> dict:
-    return {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def command_line() -> argparse.ArgumentParser:
