@@ -209,7 +209,7 @@ def rotate_batch(images: Tensor, foreground: Tensor, degrees: float, rng: np.ran
     Anomalies are added afterwards, so they lie on the rotated image and are not rotated themselves.
     """
     options = (dict(interpolation=TF.InterpolationMode.NEAREST, fill=128) if authors
-           else dict(interpolation=TF.InterpolationMode.BILINEAR, fill=0))
+           else dict(interpolation=TF.InterpolationMode.BILINEAR))   # fill=0 darkens the border
     selected, angles = rng.random(len(images)) < p, rng.uniform(-degrees, degrees, len(images))
     images, foreground = images.clone(), foreground.clone()
     for k in np.flatnonzero(selected):

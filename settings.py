@@ -53,6 +53,8 @@ class Settings:
     resize: int = setting(256, "side in pixels to which images are resized", "training")
     crop: int = setting(224, "side of the centre crop after that; if only --resize is given, it is "
                         "scaled by the preset's ratio", "training")
+    grow: str = setting("", "SIDE:SHARE,... train on smaller images first: images of SIDE times the "
+                        "crop until SHARE of the steps are done", "training")
     foreground: str = setting("auto", "where synthetic anomalies are placed: auto, none (anywhere) "
                               "or a folder of masks, DIR/CATEGORY or DIR", "training")
     rotation: float = setting(90.0, "rotation augmentation, degrees each way", "training", low=0)
@@ -223,7 +225,8 @@ def preset_values(method: str, preset: str) -> dict:
     own = METHODS[method].presets
     if own is not None and preset not in own:
         raise InputError(f"--preset {preset}: --method {method} has {', '.join(own)}")
-    return {**PRESETS[preset], **(own or {}).get(preset, {}), "method": method}
+    values = {**PRESETS[preset], **(own or {}).get(preset, {}), "method": method}
+    return values if accepts_flag(method, "grow", "training") else {**values, "grow": ""}
 
 
 def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:
@@ -240,6 +243,27 @@ def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:
 def with_all_steps(values: dict) -> dict:
     """Settings by name. The map "last", M_1, exists only if a restoration visits every step."""
     return {"infer_steps": 0, **values} if values.get("final_mask") == "last" else values
+
+
+def growing_sides(s: Settings) -> list[tuple[int, float]]:
+    """--grow's smaller sides in pixels, each with the share of the steps at which it ends.
+
+    A side is rounded to a multiple of 8. Raises InputError for another form than SIDE:SHARE,...
+    with both numbers rising within (0, 1), or for sides of fewer than 16 pixels.
+    """
+    try:
+        pairs = [tuple(map(float, pair.split(":"))) for pair in s.grow.split(",") if s.grow]
+        sides, shares = ([0.0, *column] for column in zip(*pairs)) if pairs else ([], [])
+        if any(not a < b < 1 for column in (sides, shares) for a, b in zip(column, column[1:])):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--grow {s.grow}: must be SIDE:SHARE,... such as 0.5:0.4,0.75:0.7, with "
+                         f"sides and shares that rise between 0 and 1")
+    pixels = [(round(side * s.crop / 8) * 8, share) for side, share in pairs]
+    if any(side < 16 for side, _ in pixels):
+        raise InputError(f"--grow {s.grow}: its smallest images have {pixels[0][0]} pixels a side "
+                         f"and must have 16")
+    return pixels
 
 
 def check(s: Settings) -> None:
@@ -261,6 +285,7 @@ def check(s: Settings) -> None:
             raise InputError(f"{f.name} {value!r}: one of {', '.join(choices)}")
     if s.ema == 1:
         raise InputError("--ema 1: the average would stay at the first step's weights; below 1")
+    growing_sides(s)
     if s.kernel % 2 == 0:
         raise InputError(f"--kernel {s.kernel}: must be odd")
     if set(s.drop_loss) - set("nmac") or len(set(s.drop_loss)) == 4:

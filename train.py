@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as TF
 from torch.nn.parallel import DistributedDataParallel
 
 import perlin
@@ -25,7 +26,7 @@ from data import (RunData, find_categories, load_run_data, refuse_other_data, sa
 from evaluate import finish, network_calls, score_epoch
 from runs import (FORMAT, Diverged, Run, build_model, load_checkpoint, new_run,
                   refuse_other_settings, resumed_settings, run_folder, saved_settings)
-from settings import Settings, check, parse
+from settings import Settings, check, growing_sides, parse
 from support import ranks
 from support.console import InputError, StepBar, StopRequest, exit_status, progress_bar
 from support.files import locked_folder, read_json, save_json
@@ -46,6 +47,9 @@ def train(run: Run, eval_every: int = 0) -> None:
         run.save()
     with StopRequest() as stop, progress_bar(kind=StepBar, total=run.total_steps, initial=run.step,
                                              desc=run.settings.category, unit="step") as bar:
+        bar.work = sum(image_side(run.settings, step, run.total_steps) ** 2
+                       for step in range(run.step, run.total_steps)) / (
+            image_side(run.settings, run.step, run.total_steps) ** 2)
         while True:
             try:
                 train_steps(run, stop, bar, eval_every)
@@ -82,7 +86,8 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
         rate = learning_rate(s, stage_step, stage_steps, run.steps_per_epoch, run.rollbacks)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        batch = make_batch(s, run.data, model.last_step, run.step, device, run.rollbacks)
+        batch = make_batch(s, run.data, model.last_step, run.step, device, run.rollbacks,
+                           image_side(s, run.step, run.total_steps))
         torch.manual_seed((s.seed * 1_000_003 + run.step * ranks.COUNT + ranks.RANK) % 2 ** 63)
         losses = network(*batch, drop=s.drop_loss)          # TransFusion.losses: Eq. 2-9
         run.optimizer.zero_grad()
@@ -108,12 +113,12 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
 # ---------------------------------------------------------------- a step
 
 def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device: torch.device,
-               rollbacks: int = 0):
+               rollbacks: int = 0, side: int = 0):
     """Training batch number `step`: x, eps, M, M_a, t for `TransFusion.losses`.
 
     It depends on nothing but the settings, the data, the step and the number of rollbacks, so a
     resumed run, or one on another device, sees the same batches. A data set smaller than a batch is
-    repeated until it fills one. Each of several ranks takes every COUNT-th sample, half of them
+    repeated until it fills one. side: of the images in pixels, 0 for s.crop. Each of several ranks takes every COUNT-th sample, half of them
     anomalous as in the whole; an epoch's last batch is filled up for that.
     """
     again = [rollbacks] if rollbacks else []
@@ -132,9 +137,17 @@ def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device
         images = perlin.change_light(images, s.light, rng)
     t = torch.from_numpy(rng.integers(1, last_step + 1, len(chosen))).to(device)
     textures = run_data.textures.draw((len(chosen) + 1) // 2, rng).to(device)
+    if side not in (0, s.crop):
+        images, textures = (TF.resize(part, [side, side]) for part in (images, textures))
+        foreground = TF.resize(foreground, [side, side], TF.InterpolationMode.NEAREST_EXACT)
     anomalies = perlin.synthesize(images, foreground, textures, t == last_step, rng)
     batch = (scale(images), scale(anomalies.A) * anomalies.M, anomalies.M, anomalies.M_a, t)
     return tuple(part[ranks.RANK::ranks.COUNT] for part in batch)
+
+
+def image_side(s: Settings, step: int, steps: int) -> int:
+    """The side in pixels of the images at a step of `steps`: --grow's, then the crop."""
+    return next((side for side, share in growing_sides(s) if step < share * steps), s.crop)
 
 
 def find_stage(stages: tuple[float, ...], step: int, steps: int) -> tuple[int, int, int]:
@@ -174,8 +187,10 @@ def announce(run: Run) -> None:
         print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in run.model.parameters())
     rest = f"{steps - run.step} of " if run.step else ""
-    length = (f"{rest}{steps} steps of {s.batch} images at {s.crop} px "
-              f"({steps / run.steps_per_epoch:.0f} epochs)") if run.model.TRAINS else \
+    sides = ", ".join(f"{side} px until step {round(share * steps)}"
+                      for side, share in growing_sides(s))
+    length = (f"{rest}{steps} steps of {s.batch} images at {s.crop} px"
+              f"{f', at first smaller ({sides})' if sides else ''} ({steps / run.steps_per_epoch:.0f} epochs)") if run.model.TRAINS else \
         f"no training, one pass over the images at {s.crop} px"
     print(f"  {s.preset} preset: {length}, {parameters / 1e6:.1f} M parameters, {s.device}, "
           f"{s.precision}", flush=True)

@@ -68,13 +68,19 @@ def transparency_schedule(T: int, kind: str = "linear", authors: bool = False) -
 
 # ---------------------------------------------------------------- section 3.2: the network
 
-def positional_encoding(H: int, W: int, kind: str, device=None) -> Tensor:
+def positional_encoding(H: int, W: int, kind: str, device=None, side: int = 0) -> Tensor:
     """PE of section 3.2 [1, channels, H, W]; the channels for each kind are in PE_CHANNELS.
 
     "2d": sin and cos of the row index at the four frequencies 10000^(-k/4), k = 0..3, then of the
     column index (the paper's reference 34). "row": sin(row index), the authors' one channel.
+    side: the rows and columns are those of an image with this side, shrunk or enlarged to H x W,
+    so that a place has about the same encoding at each size; 0: those of the H x W image itself.
     """
-    rows = torch.arange(H, device=device, dtype=torch.float32)
+    def indices(n: int) -> Tensor:
+        index = torch.arange(n, device=device, dtype=torch.float32)
+        return (index + 0.5) * (side / n) - 0.5 if side else index
+
+    rows, columns = indices(H), indices(W)
     if kind == "row":
         return rows.sin()[None, None, :, None].expand(1, 1, H, W)
     frequencies = 10000.0 ** (-torch.arange(4, device=device, dtype=torch.float32) / 4)
@@ -83,7 +89,6 @@ def positional_encoding(H: int, W: int, kind: str, device=None) -> Tensor:
         angle = frequencies[:, None] * index
         return torch.cat([angle.sin(), angle.cos()])
 
-    columns = torch.arange(W, device=device, dtype=torch.float32)
     return torch.cat([waves(rows)[:, :, None].expand(8, H, W),
                       waves(columns)[:, None, :].expand(8, H, W)])[None]      # [1, 16, H, W]
 
@@ -211,13 +216,13 @@ class ResUNet(nn.Module):
     channels: a multiple of 8. pe: a key of PE_CHANNELS; guide: whether the network sees the
     previous mask estimate (Table 4's ablations take either out of it). attention_norm: see
     Attention. recompute: in training, keep only the blocks' inputs and recompute the rest in the
-    backward pass, which needs less memory and a third more time.
+    backward pass, which needs less memory and a third more time. side: see positional_encoding.
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
-                 attention_norm: bool = False, recompute: bool = False):
+                 attention_norm: bool = False, recompute: bool = False, side: int = 0):
         super().__init__()
-        self.pe, self.guide, self.recompute = pe, guide, recompute
+        self.pe, self.guide, self.recompute, self.side = pe, guide, recompute, side
         widths = [channels, 2 * channels, 4 * channels, 8 * channels]
         c_time = 4 * channels
         self.image_proj = nn.Conv2d(3 + int(guide) + PE_CHANNELS[pe], channels, 3, padding=1)
@@ -267,7 +272,8 @@ class ResUNet(nn.Module):
         if self.guide:
             inputs.append(M_a)
         if self.pe != "none":
-            inputs.append(positional_encoding(H, W, self.pe, x_t.device).expand(B, -1, H, W))
+            encoding = positional_encoding(H, W, self.pe, x_t.device, self.side)
+            inputs.append(encoding.expand(B, -1, H, W))
         h = self.image_proj(torch.cat(inputs, 1))
         time = self.time_emb(t)
         skips = [h]
@@ -422,16 +428,16 @@ class TransFusion(Method):
     restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
     head predicts, "eps" (Eq. 7) or "beta_eps", beta_t * eps. soft_consistency: Eq. 8 uses the
     predicted M_t with its gradient; if false, M_t > 0.5. bf16: run the network, not the losses,
-    under bfloat16 autocast. attention_norm, recompute: see ResUNet. Buffer `beta`: [last step + 1]
-    float32.
+    under bfloat16 autocast. attention_norm, recompute, side: see ResUNet. Buffer `beta`:
+    [last step + 1] float32.
     """
 
     def __init__(self, channels: int = 64, T: int = 20, schedule: str = "linear", pe: str = "2d",
                  guide: bool = True, authors_schedule: bool = False, anomaly_target: str = "eps",
                  soft_consistency: bool = True, bf16: bool = False, attention_norm: bool = False,
-                 recompute: bool = False):
+                 recompute: bool = False, side: int = 0):
         super().__init__()
-        self.net = ResUNet(channels, pe, guide, attention_norm, recompute)
+        self.net = ResUNet(channels, pe, guide, attention_norm, recompute, side)
         self.bf16 = bf16
         self.register_buffer("beta", transparency_schedule(T, schedule, authors_schedule), False)
         self.authors_schedule, self.anomaly_target = authors_schedule, anomaly_target
