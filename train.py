@@ -47,9 +47,9 @@ def train(run: Run, eval_every: int = 0) -> None:
         run.save()
     with StopRequest() as stop, progress_bar(kind=StepBar, total=run.total_steps, initial=run.step,
                                              desc=run.settings.category, unit="step") as bar:
-        bar.work = sum(image_side(run.settings, step, run.total_steps) ** 2
-                       for step in range(run.step, run.total_steps)) / (
-            image_side(run.settings, run.step, run.total_steps) ** 2)
+        sides = [image_side(run.settings, step, run.total_steps)
+                 for step in range(run.step, run.total_steps)]
+        bar.work = sum(side ** 2 for side in sides) / sides[0] ** 2 if sides else None
         while True:
             try:
                 train_steps(run, stop, bar, eval_every)
@@ -190,8 +190,8 @@ def announce(run: Run) -> None:
     sides = ", ".join(f"{side} px until step {round(share * steps)}"
                       for side, share in growing_sides(s))
     length = (f"{rest}{steps} steps of {s.batch} images at {s.crop} px"
-              f"{f', at first smaller ({sides})' if sides else ''} ({steps / run.steps_per_epoch:.0f} epochs)") if run.model.TRAINS else \
-        f"no training, one pass over the images at {s.crop} px"
+              f"{f' ({sides})' if sides else ''}, {steps / run.steps_per_epoch:.0f} epochs"
+              ) if run.model.TRAINS else f"no training, one pass over the images at {s.crop} px"
     print(f"  {s.preset} preset: {length}, {parameters / 1e6:.1f} M parameters, {s.device}, "
           f"{s.precision}", flush=True)
 

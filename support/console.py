@@ -178,14 +178,17 @@ def progress_bar(*args, leave: bool = True, kind: type[tqdm] | None = None, **kw
 
 class StepBar(tqdm):
     """The progress bar of a training. After the first ten steps it prints once how long the others
-    will take."""
+    will take. work: the cost of all its steps, if one of the first ten costs 1; None: all cost 1.
+    """
     announced = False
+    work: float | None = None
 
     def advance(self) -> None:
         self.update()
         if not self.announced and self.n == self.initial + 10 < self.total:
             self.announced = True
-            seconds = self.format_dict["elapsed"] / 10 * (self.total - self.n)
+            work = self.work or self.total - self.initial
+            seconds = self.format_dict["elapsed"] / 10 * (work - 10)
             self.write(f"  about {duration(seconds)} for the remaining {self.total - self.n} "
                        f"steps, judged by the first ten")
 

@@ -155,9 +155,9 @@ class ShallowUNet(ResUNet):
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
-                 attention_norm: bool = False, recompute: bool = False):
+                 attention_norm: bool = False, recompute: bool = False, side: int = 0):
         torch.nn.Module.__init__(self)
-        self.pe, self.guide, self.recompute = pe, guide, recompute
+        self.pe, self.guide, self.recompute, self.side = pe, guide, recompute, side
         c, c_time = channels, 4 * channels
         self.image_proj = conv(3 + int(guide) + PE_CHANNELS[pe], c)
         self.time_emb = TimeEmbedding(c)

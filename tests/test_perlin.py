@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import perlin
 from data import scale
@@ -196,6 +197,24 @@ def test_rotation_is_linear_on_black_or_as_the_authors_nearest_on_grey():
         assert corner in values and (values == {100, 128, 200}) == authors
         far = torch.nn.functional.max_pool2d(fg, 3, 1, 1) == 0       # well outside the turned image
         assert far.any() and (out[far.expand_as(out)] == corner).all()
+
+
+def test_rotation_blends_a_border_pixel_with_black_by_the_share_that_the_image_covers():
+    """A constant image of 200, turned: as bright as its coverage, within rounding.
+
+    torchvision's `fill` blends a border pixel twice, which makes it up to 50 levels too dark.
+    """
+    images = torch.full((20, 3, 96, 96), 200, dtype=torch.uint8)
+    out, _ = perlin.rotate_batch(images, torch.ones(20, 1, 96, 96), 90, np.random.default_rng(0),
+                                 p=1.0)
+    angles = np.random.default_rng(0)
+    angles.random(20)
+    for image, angle in zip(out, angles.uniform(-90, 90, 20)):
+        white = Image.fromarray(np.full((96, 96), 1.0, np.float32), "F")
+        canvas = Image.new("F", (112, 112))
+        canvas.paste(white, (8, 8))
+        coverage = np.asarray(canvas.rotate(angle, Image.BILINEAR))[8:-8, 8:-8]
+        assert np.abs(image[0].numpy() - 200 * coverage).max() < 3
 
 
 def test_light_augmentation_scales_each_image_by_a_factor_of_its_own():

@@ -84,8 +84,8 @@ def train_with_a_bad_batch(out, s, run_data):
     s = dataclasses.replace(s, steps=9, checkpoint_every=3)
     run, make_batch = new_run(run_folder(s), s, run_data, build_model(s)), train.make_batch
 
-    def nan_at_step_5(s, run_data, last_step, step, device, rollbacks):
-        x, *others = make_batch(s, run_data, last_step, step, device, rollbacks)
+    def nan_at_step_5(s, run_data, last_step, step, device, rollbacks, side):
+        x, *others = make_batch(s, run_data, last_step, step, device, rollbacks, side)
         sick = (step, rollbacks, ranks.RANK) == (5, 0, ranks.COUNT - 1)
         return x * (math.nan if sick else 1), *others
 

@@ -1,5 +1,6 @@
 """Flags and presets: what the command line makes of them, and the help that shows them."""
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def test_the_authors_preset_turns_as_their_code_does():
     presets = {preset: parse(["--preset", preset])[0] for preset in settings.PRESETS}
     assert {k: (s.rotation, s.authors_rotation) for k, s in presets.items()} == {
         "paper": (90, False), "authors": (20, True), "cpu": (90, False), "quick": (10, False)}
+
+
+def test_growing_sides_are_multiples_of_8_with_the_shares_at_which_they_end():
+    assert settings.growing_sides(Settings(crop=96)) == []
+    assert settings.growing_sides(Settings(crop=96, grow="0.6:0.5,0.8:0.75")) == [(56, 0.5),
+                                                                                 (80, 0.75)]
+
+
+@pytest.mark.parametrize("grow", ["0.5", "48:0.5", "0.5:half", "0.5:1", "0:0.5", "0.5:0.5,0.4:0.6",
+                                  "0.5:0.5,0.6:0.4", "0.5:0.5,", "nan:0.5", "0.05:0.5"])
+def test_growing_sides_of_another_form_are_refused(grow):
+    with pytest.raises(InputError, match=f"--grow {re.escape(grow)}: "):
+        settings.growing_sides(Settings(grow=grow))
 
 
 def test_epochs_beat_the_steps_of_a_preset():

@@ -134,8 +134,8 @@ def nan_batch(monkeypatch):
     make_batch, made_for = train.make_batch, []
 
     def make_nan(returns):
-        def make(s, run_data, last_step, step, device, rollbacks=0):
-            x, *others = make_batch(s, run_data, last_step, step, device, rollbacks)
+        def make(s, run_data, last_step, step, device, rollbacks=0, side=0):
+            x, *others = make_batch(s, run_data, last_step, step, device, rollbacks, side)
             made_for.append((step, rollbacks))
             return x * (math.nan if step == 5 and rollbacks < returns else 1), *others
 
@@ -165,8 +165,8 @@ def test_after_the_return_the_training_is_that_of_the_checkpoint(sick, parts, mo
     new_run, make_batch, clip = train.new_run, train.make_batch, torch.nn.utils.clip_grad_norm_
     run, norms, returns = [], [], []
 
-    def watched_batch(s, run_data, last_step, step, device, rollbacks=0):
-        batch = make_batch(s, run_data, last_step, step, device, rollbacks)
+    def watched_batch(s, run_data, last_step, step, device, rollbacks=0, side=0):
+        batch = make_batch(s, run_data, last_step, step, device, rollbacks, side)
         if rollbacks and not returns:
             live = {"model": run[0].model.state_dict(), "ema": run[0].average.module.state_dict(),
                     "optimizer": run[0].optimizer.state_dict()}
@@ -174,7 +174,7 @@ def test_after_the_return_the_training_is_that_of_the_checkpoint(sick, parts, mo
             for name in set(Run.RECORD) - {"seconds", "rollbacks"}:
                 assert getattr(run[0], name) == saved[name], name
             assert run[0].seconds >= saved["seconds"] and run[0].rollbacks == 1
-            other = make_batch(s, run_data, last_step, step, device, 0)
+            other = make_batch(s, run_data, last_step, step, device, 0, side)
             returns.append((step, saved["step"], same(live, saved),
                             torch.equal(batch[0], other[0])))
         return batch[0] * (math.nan if sick == "batch" and step == 5 and not rollbacks else 1), \
@@ -225,8 +225,8 @@ def diverges(monkeypatch):
     def sick(times):
         counted.clear()
 
-        def make(s, run_data, last_step, step, device, rollbacks=0):
-            x, *others = make_batch(s, run_data, last_step, step, device, rollbacks)
+        def make(s, run_data, last_step, step, device, rollbacks=0, side=0):
+            x, *others = make_batch(s, run_data, last_step, step, device, rollbacks, side)
             counted.extend([step] if step == 8 else [])
             return x * (1e3 if step >= 8 and len(counted) <= times else 1), *others
         monkeypatch.setattr(train, "make_batch", make)

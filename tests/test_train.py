@@ -127,8 +127,11 @@ def same_training(a, b) -> None:
 
 @pytest.mark.network
 def test_an_interrupted_run_resumes_bit_identically(parts, capsys, monkeypatch):
-    assert train.main(argv_for(parts, "--steps", "11", "--name", "whole")) == 0
-    argv = argv_for(parts, "--steps", "11", "--name", "broken")
+    """The images grow between the interruption and the end."""
+    flags = ["--steps", "11", "--grow", "0.5:0.6"]
+    assert train.main(argv_for(parts, *flags, "--name", "whole")) == 0
+    assert "32 px (16 px until step 7), 4 epochs" in capsys.readouterr().out
+    argv = argv_for(parts, *flags, "--name", "broken")
     interrupt(monkeypatch, 5)
     assert train.main(argv) == 130
     assert ("stopped at step 5 of 11; the same command with --resume continues from there"
@@ -213,6 +216,23 @@ def test_light_changes_the_whole_batch_and_nothing_without_it(parts):
                                          cpu)[0] for light in (0.0, 0.0, 0.5))
     assert torch.equal(usual, same)
     assert all(not torch.equal(a, b) for a, b in zip(usual, lit))
+
+
+def test_images_grow_as_the_settings_say(parts):
+    """Image, mask, guide and texture alike; the foreground stays a mask."""
+    s, _ = parse(argv_for(parts, "--grow", "0.5:0.4,0.75:0.8", "--steps", "10"))
+    assert [train.image_side(s, step, 10) for step in range(10)] == 4 * [16] + 4 * [24] + 2 * [32]
+    run_data, cpu = load_run_data(s), torch.device("cpu")
+    run_data.foreground[:] = False
+    run_data.foreground[:, :, 10:23, 7:21] = True
+    whole, small = (train.make_batch(s, run_data, 20, 0, cpu, side=side) for side in (32, 16))
+    assert [part.shape[2:] for part in small[:4]] == 4 * [(16, 16)]
+    for larger, smaller in zip(whole[:2], small[:2]):         # x, and eps outside the anomaly
+        shrunk = torch.nn.functional.avg_pool2d(larger, 2)
+        assert (shrunk - smaller).abs().mean() < 0.1
+    assert set(small[2].unique().tolist()) <= {0, 1} and small[2].sum() > 0
+    assert small[2][..., :5, :].sum() == small[2][..., 12:, :].sum() == 0
+    assert torch.equal(whole[4], small[4])                    # t, by the same random numbers
 
 
 def test_an_epoch_ends_with_what_is_left(parts, monkeypatch):
@@ -335,6 +355,8 @@ def test_the_learning_rate_of_the_paper():
     (["--lam", "1.5"], ["--lam 1.5", "0..1"]),
     (["--light", "-0.1"], ["--light -0.1", "0..1"]),
     (["--kernel", "4"], ["--kernel 4", "odd"]),
+    (["--grow", "48:0.5"], ["--grow 48:0.5", "SIDE:SHARE", "between 0 and 1"]),
+    (["--grow", "0.25:0.5"], ["--grow 0.25:0.5", "8 pixels"]),
     (["--lr", "-1"], ["--lr -1"]),
     (["--rotation", "-5"], ["--rotation -5", "at least 0"]),
     (["--ema", "1"], ["--ema 1", "below 1"]),
@@ -413,6 +435,16 @@ def test_resume_checks_the_settings_of_the_folder_and_not_those_of_a_default_pre
                 "--device", "cpu", "--resume"]
     assert train.main([*identity, "--crop", "104", "--precision", "auto"]) == 0
     assert json.loads((run_of(parts) / "config.json").read_text())["crop"] == 104
+
+
+def test_the_announced_time_counts_larger_steps_as_longer_ones(capsys):
+    """30 steps, 10 of 1 s and then 20 of 4 s: 80 s remain, not 20."""
+    with train.progress_bar(kind=train.StepBar, total=30) as bar:
+        bar.work = 10 + 4 * 20
+        bar.start_t -= 10
+        for _ in range(11):
+            bar.advance()
+    assert "about 80 seconds for the remaining 20 steps" in capsys.readouterr().out
 
 
 def test_the_time_is_not_announced_again_after_a_return_to_a_checkpoint(capsys):

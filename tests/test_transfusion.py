@@ -373,6 +373,20 @@ def test_positional_encoding():
     assert row.shape == (1, 1, 5, 7) and float(row[0, 0, 3, 6]) == pytest.approx(math.sin(3))
 
 
+def test_positional_encoding_of_a_smaller_image_is_that_of_the_places_it_shows():
+    """Pixel i of 4 shows the middle of the pixels 2 i and 2 i + 1 of 8."""
+    whole, small = (tf.positional_encoding(n, n, "2d", side=8) for n in (8, 4))
+    assert torch.equal(whole, tf.positional_encoding(8, 8, "2d"))
+    for k in range(4):
+        f = 10000 ** (-k / 4)
+        got = [float(small[0, channel + k, 3, 1]) for channel in (0, 4, 8, 12)]
+        assert got == pytest.approx([math.sin(6.5 * f), math.cos(6.5 * f), math.sin(2.5 * f),
+                                     math.cos(2.5 * f)], abs=1e-5)
+    model = tiny(side=32).eval()
+    assert torch.equal(tf.positional_encoding(32, 32, "2d"),
+                       tf.positional_encoding(32, 32, model.net.pe, side=model.net.side))
+
+
 def test_parameters_of_the_papers_network():
     count = sum(p.numel() for p in TransFusion(64, pe="row").parameters())
     assert round(count / 1e6, 1) == 54.6
