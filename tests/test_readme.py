@@ -219,7 +219,7 @@ def test_links_and_anchors_exist():
 # ---------------------------------------------------------------- pictures and examples
 
 @pytest.mark.picture
-def test_the_method_figure_is_five_panels_of_256_pixels(small, demo_root, tmp_path):
+def test_the_pictures_of_the_readme(small, demo_root, tmp_path):
     flags = [str(small[0]), str(small[0]), "--root", str(demo_root), "--out", str(tmp_path)]
     assert readme_figures.main(flags) == 0
     with Image.open(tmp_path / "demo.png") as drawn:
@@ -233,6 +233,14 @@ def test_the_method_figure_is_five_panels_of_256_pixels(small, demo_root, tmp_pa
     line = (columns < 250).astype(int)
     starts, ends = (np.flatnonzero(np.diff(line) == step) for step in (1, -1))
     assert len(starts) == 5 and np.abs(ends - starts - readme_figures.PANEL).max() <= 3
+    with Image.open(tmp_path / "restoration.gif") as film, \
+            Image.open(tmp_path / "restoration.png") as still:
+        assert film.n_frames == 21 and film.info["loop"] == 0               # T = 20 steps
+        assert still.size == (film.width, 5 * film.height)
+        first = np.asarray(film.convert("RGB"), float)
+        film.seek(20)
+        assert np.abs(np.asarray(film.convert("RGB"), float) - first).max() > 50
+    assert (tmp_path / "restoration.gif").stat().st_size < 1.5e6
 
 
 def test_the_lines_of_python_run(small, demo_root, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,8 @@ docs/method.png is one reverse step with the model of the first run: x_t, M_t, e
 x_{t-1} as in Eq. 4. x_t is a training image with a synthetic anomaly at t = T. The step goes half
 the way at once, because one step of twenty changes too little to be seen. docs/demo.png shows two
 test images of every run: the first of its first and of its last kind of defect, by name.
+docs/restoration.gif shows how the first of them is restored, with one row for each run and one
+frame for each step; docs/restoration.png has five of these frames below each other, for paper.
 """
 import argparse
 import dataclasses
@@ -15,19 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
-from data import RunData, load_run_data
+from data import RunData, load_run_data, scale
 from evaluate import draw_restorations
 from runs import load_model
 from settings import Settings
 from support.console import exit_status
 from support.pictures import pick_rows
 from train import make_batch
-from transfusion import Step, TransFusion, forward_process, reverse_step
+from transfusion import (Step, TransFusion, final_mask, forward_process, reconstruction_error,
+                         reverse_step)
 
 PANEL, GAP, ABOVE, BELOW, DPI = 256, 26, 84, 66, 100                     # pixels
 
@@ -46,7 +51,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
     flags = command_line().parse_args(argv)
-    pictures = []
+    pictures, restored = [], []
     for folder in flags.runs:
         model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
         run_data = load_run_data(dataclasses.replace(s, root=flags.root, device="cpu"))
@@ -55,12 +60,70 @@ def main(argv: list[str] | None = None) -> None:
         items = run_data.category.test
         defective = [k for k in pick_rows([item.defect for item in items], 1) if items[k].label]
         shown = [defective[0], defective[-1]]
+        restored.append((model, s, run_data.test[defective[:1]]))
         file = io.BytesIO()
         draw_restorations(file, model, s, run_data.test[shown],
                           [f"{s.category}\n{items[k].defect}" for k in shown],
                           [run_data.masks[k] for k in shown])
         pictures.append(np.asarray(Image.open(file).convert("RGB")))
     Image.fromarray(np.concatenate(pictures)).save(flags.out / "demo.png", optimize=True)
+    save_animation(restoration_frames(restored), flags.out)
+
+
+def restoration_frames(restored: list[tuple[TransFusion, Settings, Tensor]]) -> list[Image.Image]:
+    """A frame for the image as it is and for each step of all restorations.
+
+    restored: models of equal schedules, their settings, and an image each, uint8 [1, 3, H, W]. A
+    row of a frame is x_t, the mask M_t that led to it and the map of Eq. 10 over the steps so far.
+    The colours of a row's maps are those of its last one.
+    """
+    rows = []
+    for model, s, image in restored:
+        x = scale(image)
+        row, masks = [(x, torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1]))], []
+        for step in model.reverse_process(x):
+            masks.append(step.M_t)
+            error = reconstruction_error(x, step.x_prev)
+            row.append((step.x_prev, step.M_t,
+                        final_mask(torch.stack(masks).mean(0), error, s.lam, s.kernel)))
+        rows.append(row)
+    model = restored[0][0]
+    return [draw_frame([row[k] for row in rows], [row[-1][2].max().item() for row in rows],
+                       f"$t = {t}$,   " rf"$\beta_t = {model.beta[t]:.2f}$")
+            for k, t in enumerate(model.path())]
+
+
+def draw_frame(rows: list[tuple[Tensor, Tensor, Tensor]], largest: list[float],
+               title: str) -> Image.Image:
+    """A frame: for each row x_t, M_t and the map, the map's colours up to its `largest` value."""
+    width = 3 * (PANEL + GAP) + GAP
+    height = ABOVE + len(rows) * (PANEL + GAP)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    for k, (row, limit) in enumerate(zip(rows, largest)):
+        for column, picture in enumerate(row):
+            axis = figure.add_axes([(GAP + column * (PANEL + GAP)) / width,
+                                    (GAP + (len(rows) - 1 - k) * (PANEL + GAP)) / height,
+                                    PANEL / width, PANEL / height])
+            show(axis, picture, *(("gray", 1.0) if column == 1 else ("inferno", limit)))
+    for column, words in enumerate(("image $x_t$", "mask $M_t$", "anomaly map")):
+        figure.text((GAP + column * (PANEL + GAP) + PANEL / 2) / width, 1 - 65 / height, words,
+                    ha="center", va="center", fontsize=14)
+    figure.text(0.5, 1 - 26 / height, title, ha="center", va="center", fontsize=16)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=DPI)
+    return Image.open(file).convert("RGB")
+
+
+def save_animation(frames: list[Image.Image], folder: Path) -> None:
+    """Save restoration.gif, which pauses at its first and last frame, and restoration.png."""
+    times = [1500, *[150] * (len(frames) - 2), 2500]                     # milliseconds
+    colours = frames[len(frames) // 2].quantize(255)                     # one palette: no flicker
+    frames_of_256 = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
+    frames_of_256[0].save(folder / "restoration.gif", save_all=True, duration=times, loop=0,
+                          append_images=frames_of_256[1:], optimize=True)
+    still = np.linspace(0, len(frames) - 1, 5).round().astype(int)
+    Image.fromarray(np.concatenate([np.asarray(frames[k]) for k in still])).save(
+        folder / "restoration.png", optimize=True)
 
 
 def half_way_back(model: TransFusion, s: Settings, run_data: RunData,
@@ -78,6 +141,15 @@ def half_way_back(model: TransFusion, s: Settings, run_data: RunData,
     return Step(t, x_t, logit.sigmoid(), eps_t, n_t, x_prev), beta.item(), beta_prev.item()
 
 
+def show(axis: Axes, picture: Tensor, colours: str = "gray", largest: float = 1.0) -> None:
+    """Draw an image [1, 3, H, W] in [-1, 1] or a map [1, 1, H, W] in 0..largest."""
+    if len(picture[0]) == 3:
+        axis.imshow((picture[0].clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0), interpolation="bilinear")
+    else:
+        axis.imshow(picture[0, 0], cmap=colours, vmin=0, vmax=largest, interpolation="bilinear")
+    axis.set(xticks=[], yticks=[])
+
+
 def draw_step(step: Step, beta_t: float, beta_prev: float, out: Path) -> None:
     """Five panels of PANEL pixels, with the paper's symbols above them and Eq. 4 below."""
     panels = [("$x_t$", rf"$t = T$, $\beta_t$ = {beta_t:.2g}", step.x_t),
@@ -91,12 +163,7 @@ def draw_step(step: Step, beta_t: float, beta_prev: float, out: Path) -> None:
     for k, (symbol, words, picture) in enumerate(panels):
         left = GAP + k * (PANEL + GAP)
         axis = figure.add_axes([left / width, BELOW / height, PANEL / width, PANEL / height])
-        if len(picture[0]) == 3:
-            axis.imshow((picture[0].clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0),
-                        interpolation="bilinear")
-        else:
-            axis.imshow(picture[0, 0], cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
-        axis.set(xticks=[], yticks=[])
+        show(axis, picture)
         middle = (left + PANEL / 2) / width
         figure.text(middle, 1 - 28 / height, symbol, ha="center", va="center", fontsize=23)
         figure.text(middle, 1 - 65 / height, words, ha="center", va="center", fontsize=14)
