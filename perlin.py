@@ -178,23 +178,23 @@ def anomaly_appearance(image: Tensor, texture: Tensor, rng: np.random.Generator)
 
 def synthesize(images: Tensor, foreground: Tensor, textures: Tensor, opaque: Tensor,
                rng: np.random.Generator) -> Synthetic:
-    """Anomalies for the first half of a batch; the second half stays normal (section 4.3).
+    """Anomalies for the first n images of a batch; the others stay normal (section 4.3: one half).
 
-    images: uint8 [B, 3, H, W]; foreground: [B, 1, H, W] in {0, 1}; textures: uint8
-    [ceil(B / 2), 3, H, W]; opaque: bool [B], true where t is the last step, for which M_a is always
+    images: uint8 [B, 3, H, W]; foreground: [B, 1, H, W] in {0, 1}; textures: uint8 [n, 3, H, W],
+    one for each anomaly; opaque: bool [B], true where t is the last step, for which M_a is always
     empty. H and W must be multiples of 8.
     """
     B, _, H, W = images.shape
-    half, device = (B + 1) // 2, images.device
-    noise = random_perlin(rng, half, H, W, device)
-    M, threshold = anomaly_mask(noise, foreground[:half])
-    case = to_device(rng.integers(0, 4, (half, 1, 1, 1)), device)   # 0: the paper's 25 %
-    u = to_device(rng.random((half, 1, 1, 1)), device)
-    M_a = simulated_previous_mask(noise, foreground[:half], threshold, case, u)
-    M_a = M_a * (~opaque[:half, None, None, None])
+    n, device = len(textures), images.device
+    noise = random_perlin(rng, n, H, W, device)
+    M, threshold = anomaly_mask(noise, foreground[:n])
+    case = to_device(rng.integers(0, 4, (n, 1, 1, 1)), device)      # 0: the paper's 25 %
+    u = to_device(rng.random((n, 1, 1, 1)), device)
+    M_a = simulated_previous_mask(noise, foreground[:n], threshold, case, u)
+    M_a = M_a * (~opaque[:n, None, None, None])
     A = torch.stack([anomaly_appearance(image, texture, rng)
-                     for image, texture in zip(images[:half], textures)])
-    return Synthetic(*(torch.cat([part, part.new_zeros(B - half, *part.shape[1:])])
+                     for image, texture in zip(images[:n], textures)])
+    return Synthetic(*(torch.cat([part, part.new_zeros(B - n, *part.shape[1:])])
                        for part in (M, M_a, A)))
 
 

@@ -81,7 +81,7 @@ with own_modules():
     from support.page import HighestScores, PageRow, web_page
     from support.pictures import over_grey
     from support.report import print_odd_photos
-    from support.weights import load_torch
+    from support.weights import keep_in_bfloat16, load_torch
     from transfusion import Method
 
 SCORE_COLUMNS = ("file", "score", "threshold", "verdict")
@@ -274,6 +274,14 @@ def load(run, device: str = "auto", **changes) -> Inspector:
     changes: scoring settings to override, such as `false_alarms=0.01` or `infer_steps=5`. Raises
     ValueError for a file that is not a checkpoint and for invalid settings.
     """
+    inspector = load_trained(run, device, **changes)
+    if inspector.s.method == "transfusion" and inspector.s.precision == "bf16":
+        keep_in_bfloat16(inspector.model.net)
+    return inspector
+
+
+def load_trained(run, device: str = "auto", **changes) -> Inspector:
+    """`load`, with the weights as they were trained."""
     path = Path(run).expanduser()
     not_scoring = set(changes) - names_of("scoring")
     if not_scoring:

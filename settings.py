@@ -65,7 +65,9 @@ class Settings:
     channels: int = setting(64, "channels of the network at full resolution", "training")
     attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
                                    "the paper nor the authors' code has", "training")
-    batch: int = setting(8, "images a step, half with a synthetic anomaly", "training", low=2)
+    batch: int = setting(8, "images a step", "training", low=2)
+    anomalous: float = setting(0.5, "share of a batch's images that get a synthetic anomaly",
+                               "training", low=0.01, high=1)
     epochs: int = setting(1500, "passes over the training images", "training", low=1)
     steps: int = setting(0, "optimiser steps; if not 0, they replace --epochs", "training", low=0)
     init: str = setting("default", "initial weights: torch's, or weights that return the input",
@@ -122,12 +124,14 @@ PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "cpu": dict(resize=96, crop=96, channels=16, attention_norm=True, init="identity", steps=4400,
-                lr=1e-3, lr_schedule="cosine", warmup=100, clip=1.0, ema=0.995, precision="auto",
-                hold_out=0.1, checkpoint_every=200, infer_steps=3),
-    "quick": dict(resize=80, crop=80, rotation=10.0, channels=16, attention_norm=True, batch=4,
-                  init="identity", steps=1200, lr=1e-3, lr_schedule="cosine", warmup=50, clip=1.0,
-                  ema=0.99, precision="auto", hold_out=0.1, checkpoint_every=200),
+    "cpu": dict(resize=128, crop=128, grow="0.6:0.6", channels=16, attention_norm=True,
+                anomalous=0.75, init="identity", steps=4000, lr=1e-3, lr_schedule="cosine",
+                warmup=100, clip=1.0, ema=0.995, precision="auto", hold_out=0.1,
+                checkpoint_every=200, infer_steps=3),
+    "quick": dict(resize=80, crop=80, grow="0.6:0.6", rotation=10.0, channels=16,
+                  attention_norm=True, batch=4, anomalous=0.75, init="identity", steps=1200,
+                  lr=1e-3, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.99, precision="auto",
+                  hold_out=0.1, checkpoint_every=200),
 }
 LENGTH = {"steps", "epochs"}
 

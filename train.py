@@ -118,8 +118,9 @@ def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device
 
     It depends on nothing but the settings, the data, the step and the number of rollbacks, so a
     resumed run, or one on another device, sees the same batches. A data set smaller than a batch is
-    repeated until it fills one. side: of the images in pixels, 0 for s.crop. Each of several ranks takes every COUNT-th sample, half of them
-    anomalous as in the whole; an epoch's last batch is filled up for that.
+    repeated until it fills one. side: of the images in pixels; 0: s.crop. Each of several ranks
+    takes every COUNT-th sample, with the whole batch's share of anomalous ones; an epoch's last
+    batch is filled up for that.
     """
     again = [rollbacks] if rollbacks else []
     rng = np.random.default_rng([s.seed, step, *again])

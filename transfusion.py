@@ -140,10 +140,10 @@ class ResidualBlock(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v, each (B, heads, pixels, C).
 
-    Written out on the CPU, where torch's fused kernel takes about twice as long to train in
-    bfloat16. Without a backward pass it makes the network no faster (docs/speed.md).
+    Written out where it is trained on a CPU: there the backward pass of torch's fused kernel takes
+    about twice as long in bfloat16 (docs/speed.md).
     """
-    if q.is_cuda:
+    if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 

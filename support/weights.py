@@ -3,7 +3,7 @@ import pickle
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.console import InputError
 
@@ -22,7 +22,18 @@ def load_torch(path: Path) -> dict:
         raise InputError(f"{path} is not a checkpoint ({type(error).__name__}: {first_line})")
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+def keep_in_bfloat16(network: nn.Module) -> None:
+    """Convert the weights of convolutions and linear layers to bfloat16, once and for all.
+
+    It is for a network that is only used, and only under bfloat16 autocast. Autocast would convert
+    the weights again in each call; the outputs are the same, bit for bit.
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            layer.to(torch.bfloat16)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Load weights into a model. Raises InputError if they do not fit or are not finite."""
     try:
         model.load_state_dict(weights)

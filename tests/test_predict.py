@@ -89,6 +89,12 @@ def test_a_model_trained_in_bfloat16_runs_where_that_is_slow(small, tmp_path, mo
     monkeypatch.setattr(runs, "fast_bf16", lambda device: fast)
     model, s, _ = runs.load_model(tmp_path / "bf16.pt", torch.device("cpu"))
     assert s.precision == precision and model.bf16 == (precision == "bf16")
+    inspector = predict.load(tmp_path / "bf16.pt", "cpu")
+    weights = {p.dtype for p in inspector.model.parameters()}
+    assert (torch.bfloat16 in weights) == fast           # converted once, not in each call
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for ours, theirs in zip(inspector.model.restore(x, 2), model.restore(x, 2)):
+        assert torch.equal(ours, theirs)
 
 
 def test_regions_are_those_of_the_map(small, photos, tmp_path):

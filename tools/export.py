@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{path}: give a name that ends in .onnx, in a folder that exists")
     changes = {k: getattr(flags, k) for k in ("infer_steps", "false_alarms")
                if getattr(flags, k) is not None}
-    inspector = predict.load(flags.run, "cpu", **changes)
+    inspector = predict.load_trained(flags.run, "cpu", **changes)
     if isinstance(inspector, predict.OnnxInspector):
         raise InputError(f"{flags.run} is an ONNX file already; give a run folder")
     content = export(inspector)
