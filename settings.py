@@ -229,8 +229,10 @@ def preset_values(method: str, preset: str) -> dict:
     own = METHODS[method].presets
     if own is not None and preset not in own:
         raise InputError(f"--preset {preset}: --method {method} has {', '.join(own)}")
-    values = {**PRESETS[preset], **(own or {}).get(preset, {}), "method": method}
-    return values if accepts_flag(method, "grow", "training") else {**values, "grow": ""}
+    values = {**PRESETS[preset], "method": method}
+    if own is not None:                        # what these change was tried with TransFusion alone
+        values |= {"grow": "", "anomalous": 0.5, **own.get(preset, {})}
+    return values
 
 
 def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:

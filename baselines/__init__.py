@@ -44,8 +44,8 @@ METHODS = {"transfusion": Entry(transfusion),
                ("patchcore", PatchCore))}}
 
 # Flags outside the group "method" that another method accepts only if its USES names them.
-OPTIONAL_FLAGS = {"attention_norm", "grow", "init", "recompute", "compile", "infer_steps", "lam",
-                  "final_mask"}
+OPTIONAL_FLAGS = {"attention_norm", "anomalous", "grow", "init", "recompute", "compile",
+                  "infer_steps", "lam", "final_mask"}
 # Flags of the group "training" that a method without training accepts.
 DATA_FLAGS = {"resize", "crop", "foreground", "hold_out"}
 
