@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -53,8 +54,8 @@ class Settings:
     resize: int = setting(256, "side in pixels to which images are resized", "training")
     crop: int = setting(224, "side of the centre crop after that; if only --resize is given, it is "
                         "scaled by the preset's ratio", "training")
-    grow: str = setting("", "SIDE:SHARE,... train on smaller images first: images of SIDE times the "
-                        "crop until SHARE of the steps are done", "training")
+    grow: str = setting("", "SIDE:SHARE,... smaller images first: of SIDE times the crop until "
+                        "SHARE of the steps are done", "training")
     foreground: str = setting("auto", "where synthetic anomalies are placed: auto, none (anywhere) "
                               "or a folder of masks, DIR/CATEGORY or DIR", "training")
     rotation: float = setting(90.0, "rotation augmentation, degrees each way", "training", low=0)
@@ -66,8 +67,7 @@ class Settings:
     attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
                                    "the paper nor the authors' code has", "training")
     batch: int = setting(8, "images a step", "training", low=2)
-    anomalous: float = setting(0.5, "share of a batch's images that get a synthetic anomaly",
-                               "training", low=0.01, high=1)
+    anomalous: float = setting(0.5, "anomalous share of a batch", "training", low=0.01, high=1)
     epochs: int = setting(1500, "passes over the training images", "training", low=1)
     steps: int = setting(0, "optimiser steps; if not 0, they replace --epochs", "training", low=0)
     init: str = setting("default", "initial weights: torch's, or weights that return the input",
@@ -230,9 +230,7 @@ def preset_values(method: str, preset: str) -> dict:
     if own is not None and preset not in own:
         raise InputError(f"--preset {preset}: --method {method} has {', '.join(own)}")
     values = {**PRESETS[preset], "method": method}
-    if own is not None:                        # what these change was tried with TransFusion alone
-        values |= {"grow": "", "anomalous": 0.5, **own.get(preset, {})}
-    return values
+    return values if own is None else {**values, "grow": "", "anomalous": 0.5, **own.get(preset, {})}
 
 
 def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:
@@ -252,24 +250,17 @@ def with_all_steps(values: dict) -> dict:
 
 
 def growing_sides(s: Settings) -> list[tuple[int, float]]:
-    """--grow's smaller sides in pixels, each with the share of the steps at which it ends.
+    """--grow's smaller sides in pixels (multiples of 8), each with the share at which it ends.
 
-    A side is rounded to a multiple of 8. Raises InputError for another form than SIDE:SHARE,...
-    with both numbers rising within (0, 1), or for sides of fewer than 16 pixels.
+    Raises InputError for another form than SIDE:SHARE,... with numbers that rise within (0, 1).
     """
-    try:
-        pairs = [tuple(map(float, pair.split(":"))) for pair in s.grow.split(",") if s.grow]
-        sides, shares = ([0.0, *column] for column in zip(*pairs)) if pairs else ([], [])
-        if any(not a < b < 1 for column in (sides, shares) for a, b in zip(column, column[1:])):
-            raise ValueError
-    except ValueError:
+    form = r"0?\.\d+:0?\.\d+"
+    pairs = [[float(number) for number in pair.split(":")] for pair in re.findall(form, s.grow)]
+    rising = all(sorted({0.0, *column}) == [0.0, *column] for column in zip(*pairs))
+    if not rising or not re.fullmatch(f"({form}(,{form})*)?", s.grow):
         raise InputError(f"--grow {s.grow}: must be SIDE:SHARE,... such as 0.5:0.4,0.75:0.7, with "
                          f"sides and shares that rise between 0 and 1")
-    pixels = [(round(side * s.crop / 8) * 8, share) for side, share in pairs]
-    if any(side < 16 for side, _ in pixels):
-        raise InputError(f"--grow {s.grow}: its smallest images have {pixels[0][0]} pixels a side "
-                         f"and must have 16")
-    return pixels
+    return [(max(16, round(side * s.crop / 8) * 8), share) for side, share in pairs]
 
 
 def check(s: Settings) -> None:

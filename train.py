@@ -47,9 +47,9 @@ def train(run: Run, eval_every: int = 0) -> None:
         run.save()
     with StopRequest() as stop, progress_bar(kind=StepBar, total=run.total_steps, initial=run.step,
                                              desc=run.settings.category, unit="step") as bar:
-        sides = [image_side(run.settings, step, run.total_steps)
+        areas = [image_side(run.settings, step, run.total_steps) ** 2
                  for step in range(run.step, run.total_steps)]
-        bar.work = sum(side ** 2 for side in sides) / sides[0] ** 2 if sides else None
+        bar.work = sum(areas) / areas[0] if areas else None
         while True:
             try:
                 train_steps(run, stop, bar, eval_every)
@@ -84,8 +84,7 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
         if run.running_mean.get("stage") != model.stage:
             run.running_mean = {"stage": model.stage}       # a stage has losses of its own
         rate = learning_rate(s, stage_step, stage_steps, run.steps_per_epoch, run.rollbacks)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
+        run.optimizer.param_groups[0]["lr"] = rate
         batch = make_batch(s, run.data, model.last_step, run.step, device, run.rollbacks,
                            image_side(s, run.step, run.total_steps))
         torch.manual_seed((s.seed * 1_000_003 + run.step * ranks.COUNT + ranks.RANK) % 2 ** 63)
@@ -116,11 +115,10 @@ def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device
                rollbacks: int = 0, side: int = 0):
     """Training batch number `step`: x, eps, M, M_a, t for `TransFusion.losses`.
 
-    It depends on nothing but the settings, the data, the step and the number of rollbacks, so a
-    resumed run, or one on another device, sees the same batches. A data set smaller than a batch is
-    repeated until it fills one. side: of the images in pixels; 0: s.crop. Each of several ranks
-    takes every COUNT-th sample, with the whole batch's share of anomalous ones; an epoch's last
-    batch is filled up for that.
+    It depends on nothing but its arguments, so a resumed run, or one on another device, sees the
+    same batches. A data set smaller than a batch is repeated until it fills one. side: of the
+    images in pixels; 0: s.crop. Each of several ranks takes every COUNT-th sample, with the same
+    share of anomalous ones as the whole; an epoch's last batch is filled up for that.
     """
     again = [rollbacks] if rollbacks else []
     rng = np.random.default_rng([s.seed, step, *again])
@@ -188,11 +186,11 @@ def announce(run: Run) -> None:
         print("  nothing is held out: scores, but no threshold and no verdicts (--hold-out 0.1)")
     parameters = sum(p.numel() for p in run.model.parameters())
     rest = f"{steps - run.step} of " if run.step else ""
-    sides = ", ".join(f"{side} px until step {round(share * steps)}"
-                      for side, share in growing_sides(s))
-    length = (f"{rest}{steps} steps of {s.batch} images at {s.crop} px"
-              f"{f' ({sides})' if sides else ''}, {steps / run.steps_per_epoch:.0f} epochs"
-              ) if run.model.TRAINS else f"no training, one pass over the images at {s.crop} px"
+    sides = "".join(f"{side} px until step {round(share * steps)}, then "
+                    for side, share in growing_sides(s))
+    length = (f"{rest}{steps} steps of {s.batch} images at {sides}{s.crop} px "
+              f"({steps / run.steps_per_epoch:.0f} epochs)") if run.model.TRAINS else \
+        f"no training, one pass over the images at {s.crop} px"
     print(f"  {s.preset} preset: {length}, {parameters / 1e6:.1f} M parameters, {s.device}, "
           f"{s.precision}", flush=True)
 

@@ -73,14 +73,12 @@ def positional_encoding(H: int, W: int, kind: str, device=None, side: int = 0) -
 
     "2d": sin and cos of the row index at the four frequencies 10000^(-k/4), k = 0..3, then of the
     column index (the paper's reference 34). "row": sin(row index), the authors' one channel.
-    side: the rows and columns are those of an image with this side, shrunk or enlarged to H x W,
-    so that a place has about the same encoding at each size; 0: those of the H x W image itself.
+    side: that of the image whose rows and columns are meant, shrunk or enlarged to H x W, so that
+    a place has about the same encoding at each size; 0: the H x W image itself.
     """
-    def indices(n: int) -> Tensor:
-        index = torch.arange(n, device=device, dtype=torch.float32)
-        return (index + 0.5) * (side / n) - 0.5 if side else index
-
-    rows, columns = indices(H), indices(W)
+    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in (H, W))
+    if side:
+        rows, columns = (rows + 0.5) * (side / H) - 0.5, (columns + 0.5) * (side / W) - 0.5
     if kind == "row":
         return rows.sin()[None, None, :, None].expand(1, 1, H, W)
     frequencies = 10000.0 ** (-torch.arange(4, device=device, dtype=torch.float32) / 4)

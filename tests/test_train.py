@@ -130,7 +130,7 @@ def test_an_interrupted_run_resumes_bit_identically(parts, capsys, monkeypatch):
     """The images grow between the interruption and the end."""
     flags = ["--steps", "11", "--grow", "0.5:0.6"]
     assert train.main(argv_for(parts, *flags, "--name", "whole")) == 0
-    assert "32 px (16 px until step 7), 4 epochs" in capsys.readouterr().out
+    assert "at 16 px until step 7, then 32 px (4 epochs)" in capsys.readouterr().out
     argv = argv_for(parts, *flags, "--name", "broken")
     interrupt(monkeypatch, 5)
     assert train.main(argv) == 130
@@ -356,7 +356,7 @@ def test_the_learning_rate_of_the_paper():
     (["--light", "-0.1"], ["--light -0.1", "0..1"]),
     (["--kernel", "4"], ["--kernel 4", "odd"]),
     (["--grow", "48:0.5"], ["--grow 48:0.5", "SIDE:SHARE", "between 0 and 1"]),
-    (["--grow", "0.25:0.5"], ["--grow 0.25:0.5", "8 pixels"]),
+    (["--grow", "0.5:0.5,0.4:0.6"], ["--grow 0.5:0.5,0.4:0.6", "that rise"]),
     (["--lr", "-1"], ["--lr -1"]),
     (["--rotation", "-5"], ["--rotation -5", "at least 0"]),
     (["--ema", "1"], ["--ema 1", "below 1"]),
