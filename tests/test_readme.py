@@ -21,6 +21,7 @@ import compare_metrics
 import download
 import evaluate
 import export
+import held_out_loss
 import import_authors
 import photo_quality
 import predict
@@ -109,6 +110,7 @@ PARSERS = {
     "tools/compare_metrics.py": lambda argv: compare_metrics.command_line().parse_args(argv),
     "tools/download.py": lambda argv: download.command_line().parse_args(argv),
     "tools/export.py": lambda argv: export.command_line().parse_args(argv),
+    "tools/held_out_loss.py": lambda argv: held_out_loss.command_line().parse_args(argv),
     "tools/import_authors.py": parse_import,
     "tools/photo_quality.py": lambda argv: photo_quality.command_line().parse_args(argv),
     "tools/readme_figures.py": lambda argv: readme_figures.command_line().parse_args(argv),
@@ -149,7 +151,7 @@ def test_flags_exist(capsys):
         predict.parse(["--help"])
     flags = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
     for module in (settings, evaluate, anomalib_maps, bench, compare_metrics, download,
-                   photo_quality, readme_figures, score_maps, sweep, threshold_promise,
+                   held_out_loss, photo_quality, readme_figures, score_maps, sweep, threshold_promise,
                    thresholds):
         actions = module.command_line()._actions
         flags |= {option[2:] for action in actions for option in action.option_strings}
