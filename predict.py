@@ -470,8 +470,15 @@ def part_names(names: list[str], pattern: str) -> list[str]:
     if unmatched:
         print(f"note: --group matches {len(names) - len(unmatched)} of {len(names)} photos; "
               f"each of the others counts as a part of its own, such as {unmatched[0]}")
-    return ["-".join(group or "" for group in match.groups()) if match else name
-            for name, match in zip(names, matches)]
+    parts = ["-".join(group or "" for group in match.groups()) if match else name
+             for name, match in zip(names, matches)]
+    counts = Counter(part for part, match in zip(parts, matches) if match)
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    few = [part for part, count in counts.items() if count < usual]
+    if few:
+        print(f"warning: {len(few)} of {len(counts)} parts have fewer photos than the usual {usual}, "
+              f"such as {few[0]}; a defect that only a missing photo shows is not found")
+    return parts
 
 
 def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: list[str],
@@ -549,13 +556,14 @@ def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: 
     write_page(end)
     if stopped:
         raise KeyboardInterrupt(f"{end}; the results so far are in {out}")
+    bad = sum(limit is not None and score > limit for score, *_ in by_part.values())
     written = ["index.html", "scores.csv", "regions.csv",
                *(["heatmaps", "restored"] if flags.pictures != "none" else []),
                *(["maps"] if flags.maps else [])]
     print(f"{highest.count} images inspected"
           + (f", {highest.defective} defective" if model.threshold else ", no verdicts")
           + (f", {len(problems)} could not be read or written" if problems else "")
-          + (f"; {len(by_part)} parts in parts.csv" if parts else "")
+          + (f"; {len(by_part)} parts, {bad} defective, in parts.csv" if parts else "")
           + f"; {', '.join(written[:-1])} and {written[-1]} are in {out}")
     return 1 if problems or unwritten else 0
 

@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections import Counter
@@ -102,10 +103,12 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(command)
     def run_command(*args) -> int:
         kinds: Counter = Counter()
+        last: dict[str, str] = {}
 
         def show_warning(message, *_, **__) -> None:
             kind = warning_kind(str(message))
             kinds[kind] += 1
+            last[kind] = str(message).split(": ")[-1]
             if kinds[kind] <= 3:
                 print(f"warning: {message}", file=sys.stderr)
 
@@ -128,7 +131,8 @@ def exit_status(command: Callable[..., int | None]) -> Callable[..., int]:
             finally:
                 for kind, count in kinds.items():
                     if count > 3:
-                        print(f"warning: {count - 3} more like this: {kind}...", file=sys.stderr)
+                        words = textwrap.shorten(last[kind], 60, placeholder=" ...")
+                        print(f"warning: {count - 3} more like this: {words}", file=sys.stderr)
     return run_command
 
 

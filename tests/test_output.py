@@ -194,11 +194,17 @@ def test_the_highest_score_decides_on_a_part_seen_by_several_cameras(run, tmp_pa
     assert [float(row["score"]) for row in parts] == sorted((float(r["score"]) for r in parts),
                                                             reverse=True)
     said = capsys.readouterr().out
-    assert "--group matches 6 of 7 photos" in said and "4 parts in parts.csv" in said
+    bad = sum(row["verdict"] == "defective" for row in parts)
+    assert "--group matches 6 of 7 photos" in said
+    assert f"; 4 parts, {bad} defective, in parts.csv; " in said and "fewer photos" not in said
     text = (out / "index.html").read_text()
     assert "4 parts, " in text and text.index("<table>") < text.index("<figure>")
     assert run_predict(run, line, "--out", out) == 0
     assert not (out / "parts.csv").exists()                          # of the earlier call
+    (line / "B2_cam1.png").unlink()
+    assert run_predict(run, line, "--out", out, "--group", "(.*)_cam[0-9]") == 0
+    assert ("warning: 1 of 3 parts have fewer photos than the usual 2, such as B2; a defect that "
+            "only a missing photo shows is not found") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pattern, expected", [
