@@ -487,6 +487,6 @@ def refuse_other_data(folder: Path, category: Category) -> dict:
     """
     record = read_json(folder / "data.json")
     if record["root"] != str(category.root.resolve()) and record["files"] != fingerprint(category):
-        raise InputError(f"{folder} holds a run of {record['root']}, not of {category.root}; give "
-                         f"another --name or --out")
+        raise InputError(f"{folder} holds a run of {record['root']}, not of {category.root}, "
+                         f"which needs a run of its own (train.py --name)")
     return record

@@ -329,7 +329,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
         if is_good(folder.name):
             test += [Item(p, 0, folder.name) for p in images]
             continue
-        masks, unpaired = {}, []
+        masks, unpaired, with_several = {}, [], set()
         stems = Counter(p.relative_to(folder).with_suffix("") for p in images)
         for mask in find_masks(truth / folder.name):
             relative = mask.relative_to(truth / folder.name)
@@ -340,6 +340,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
             elif stem in stems:
                 masks[stem] = mask
             elif relative.parent in stems:
+                with_several.add(relative.parent)
                 faults.append(f"{mask.parent}: a folder of several masks for an image, as in MVTec "
                               f"LOCO, which is not read; one mask an image, "
                               f"{relative.parent}_mask.png")
@@ -350,7 +351,7 @@ def read_mvtec(data: str, name: str, path: Path, annotated: bool = False) -> Cat
             if stem in masks and stems[stem] > 1:
                 faults.append(f"{image}: {masks[stem].name} is for one image, but {stems[stem]} "
                               f"are called {stem.name}; rename them and their masks")
-            if annotated and stem not in masks:
+            if annotated and stem not in masks and stem not in with_several:
                 faults.append(f"{image}: no mask for it; looked for {truth / folder.name / stem}"
                               f"_mask.* and {stem.name}.*; add it, or move ground_truth away to "
                               f"go without any")

@@ -570,7 +570,7 @@ def test_several_masks_of_an_image_are_named_and_nothing_is_to_be_removed(tmp_pa
     status, out = check(bag, capsys)
     for text in (str(refusal.value), out):
         assert "ground_truth/bad/000: a folder of several masks for an image" in text
-        assert not re.search("remove[^.;]*ground_truth", text)
+        assert not re.search("move[^.;]*ground_truth", text)
     assert status == 1 and "not read: validation" in out
 
 
