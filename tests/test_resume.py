@@ -100,7 +100,7 @@ def test_another_folder_of_the_same_name_leaves_the_results_alone(factory, capsy
             (train.main, argv_for(factory / "parts", "--data", str(other), "--resume")),
             (train.main, argv_for(factory / "parts", "--data", str(other)))):
         refused(capsys, argv, "holds a run of", str(factory / "parts/bolt"), str(other / "bolt"),
-                "--name or --out", command=command)
+                "a run of its own (train.py --name)", command=command)
         assert contents(run) == before
 
 
