@@ -6,22 +6,26 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import bench
+import demo
 from settings import Settings
 
 pytestmark = pytest.mark.network
 
 
-def test_table_and_json(whole_demo, tmp_path, monkeypatch, capsys):
+def test_table_and_json(tmp_path, monkeypatch, capsys):
+    """On a demo of a few images."""
+    for name, count in (("TRAIN", 10), ("TEST_GOOD", 2), ("PER_DEFECT", 1)):
+        monkeypatch.setattr(demo, name, count)
     monkeypatch.setattr(bench, "SIDE", 1024)
-    argv = ["--preset", "quick", "--batch", "8", "--channels", "8", "--resize", "32", "--repeats",
-            "1", "--device", "cpu", "--precision", "float32", "--root", str(whole_demo)]
+    argv = ["--preset", "quick", "--batch", "2", "--channels", "8", "--resize", "32", "--repeats",
+            "1", "--device", "cpu", "--precision", "float32", "--root", str(tmp_path)]
     assert bench.main([*argv, "--json", str(tmp_path / "bench.json")]) == 0
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "bench.json").read_text())
     assert results["matmul_gflop_per_second"] > 1 and all(r["seconds"] > 0 for r in results["rows"])
     rows = {r["what"]: r for r in results["rows"]}
     assert all(what in out for what in rows)
-    calls = [rows[f"image restored in {k} calls, batch 8"]["gflop"] for k in (1, 5, 20)]
+    calls = [rows[f"image restored in {k} calls, batch 2"]["gflop"] for k in (1, 5, 20)]
     assert calls[1] / calls[0] == 5 and calls[2] / calls[0] == 20
     assert rows["backward"]["gflop"] > 1.8 * rows["forward and losses"]["gflop"]
     assert bench.main([*argv, "--json", str(tmp_path / "absent" / "bench.json")]) == 2

@@ -76,10 +76,10 @@ def import_argv(parts, file="bolt_model.pkl", name="authors") -> list[str]:
             "cpu", "--hold-out", "0"]
 
 
-def import_weights(parts) -> None:
+def import_weights(parts, *more: str) -> None:
     """Import the authors' weights as the run runs/parts/bolt-authors."""
     torch.save(authors_state(), parts.parent / "bolt_model.pkl")
-    assert import_authors.main(import_argv(parts)) == 0
+    assert import_authors.main([*import_argv(parts), *more]) == 0
 
 
 def test_the_authors_weights_become_a_run_that_is_scored(parts, capsys):
@@ -100,13 +100,14 @@ def test_the_authors_weights_become_a_run_that_is_scored(parts, capsys):
 
 
 def test_a_training_continues_from_the_authors_weights(parts, capsys):
-    import_weights(parts)
+    import_weights(parts, "--infer-steps", "1")
     folder = run_of(parts, "authors")
     assert evaluate.main([str(folder), "--device", "cpu"]) == 0      # its results are no training's
     identity = ["--data", str(parts), "--category", "bolt", "--name", "authors", "--out",
                 str(parts.parent / "runs"), "--device", "cpu"]
     refused(capsys, [*identity, "--preset", "authors", "--channels", "32", "--resize", "32",
-                     "--crop", "32", "--hold-out", "0"], "holds an unfinished run", "--resume")
+                     "--crop", "32", "--hold-out", "0", "--infer-steps", "1"],
+            "holds an unfinished run", "--resume")
     assert train.main([*identity, "--resume", "--epochs", "1"]) == 0       # 12 images: two steps
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["step"] == 2 and state["settings"]["preset"] == "authors"

@@ -1,5 +1,6 @@
 """Several processes train as one: torchrun with two CPU processes over gloo."""
 import dataclasses
+import importlib
 import math
 import os
 import subprocess
@@ -14,23 +15,29 @@ import torch.nn.functional as F
 import train
 import transfusion
 from data import load_run_data
-from helpers import HERE, ROOT, argv_for, write_parts
+from helpers import HERE, ROOT, argv_for, run_of, write_parts
 from runs import Run, build_model, new_run, run_folder
 from settings import parse
 from support import ranks
 from support.files import make_folder
 
-pytestmark = pytest.mark.network
-
-STEPS = 10
+STEPS = 5
 SCRIPT = f"""
-import sys
+import runpy, sys
 sys.path[:0] = {[str(ROOT), str(HERE)]}
 import train
+from support import ranks
 from test_ranks import join_and_load, train_both_ways, train_with_a_bad_batch
 
-out, *argv = sys.argv[1:]
+command, out, *argv = sys.argv[1:]
 assert train.main([*argv, "--batch", "6"]) == 2
+sys.argv = ["train.py", *command.split()]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+
+ranks.join = lambda device, batch: device                       # the command has joined already
 s, run_data = join_and_load(argv)
 train_both_ways(out, s, run_data)
 train_with_a_bad_batch(out, s, run_data)
@@ -81,16 +88,16 @@ def train_both_ways(out, s, run_data):
 
 def train_with_a_bad_batch(out, s, run_data):
     """Train where the last rank alone gets a NaN, until it has returned to a checkpoint once."""
-    s = dataclasses.replace(s, steps=9, checkpoint_every=3)
+    s = dataclasses.replace(s, checkpoint_every=2)
     run, make_batch = new_run(run_folder(s), s, run_data, build_model(s)), train.make_batch
 
-    def nan_at_step_5(s, run_data, last_step, step, device, rollbacks, side):
+    def nan_at_step_3(s, run_data, last_step, step, device, rollbacks, side):
         x, *others = make_batch(s, run_data, last_step, step, device, rollbacks, side)
-        sick = (step, rollbacks, ranks.RANK) == (5, 0, ranks.COUNT - 1)
+        sick = (step, rollbacks, ranks.RANK) == (3, 0, ranks.COUNT - 1)
         return x * (math.nan if sick else 1), *others
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_batch", nan_at_step_5)
+        patch.setattr(train, "make_batch", nan_at_step_3)
         train.train(run)
     torch.save({"model": run.model.state_dict(), "step": run.step, "rollbacks": run.rollbacks},
                f"{out}returned{ranks.RANK}")
@@ -104,7 +111,8 @@ def torchrun(*argv):
 
 @pytest.fixture(scope="module")
 def trained_both_ways(tmp_path_factory) -> Path:
-    """A folder with what one process and two have trained on, how, and to what."""
+    """A folder with what one process and two have trained on, how, and to what; in it the run that
+    the command has made under torchrun, and as "printed" what that printed."""
     folder = tmp_path_factory.mktemp("ranks")
     write_parts(folder)
     script = folder / "ranks.py"
@@ -113,16 +121,18 @@ def trained_both_ways(tmp_path_factory) -> Path:
                  *argv_for(folder / "parts", "--batch", "8", "--hold-out", "0.33", "--name",
                            count)] for count in "12")
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(torchrun, str(script), *two)
+        other = pool.submit(torchrun, str(script), " ".join(argv_for(folder / "parts")), *two)
         out, *argv = one
         train_both_ways(out, *join_and_load(argv))
         process = other.result()
     assert process.returncode == 0, process.stderr[-2000:]
     assert "--batch 6: 2 processes share it" in process.stderr
     assert process.stderr.count("error:") == 1
+    (folder / "printed").write_text(process.stdout)
     return folder
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("batchnorm", ["frozen", "split"])
 def test_two_ranks_train_as_one(trained_both_ways, batchnorm):
     one = torch.load(trained_both_ways / f"1-{batchnorm}0")
@@ -143,19 +153,19 @@ def test_two_ranks_train_as_one(trained_both_ways, batchnorm):
         assert torch.allclose(alone, shared, rtol=0.05)
 
 
+@pytest.mark.network
 def test_all_ranks_return_to_the_checkpoint_where_one_diverges(trained_both_ways):
     a, b = (torch.load(trained_both_ways / f"2-returned{rank}") for rank in (0, 1))
-    assert (a["step"], a["rollbacks"]) == (b["step"], b["rollbacks"]) == (9, 1)
+    assert (a["step"], a["rollbacks"]) == (b["step"], b["rollbacks"]) == (STEPS, 1)
     names = [name for name in a["model"] if "running" not in name]   # statistics of its own batch
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in names)
     assert all(value.isfinite().all() for state in (a, b) for value in state["model"].values())
 
 
-def test_the_command_under_torchrun(parts):
-    process = torchrun("train.py", *argv_for(parts))
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("image AUROC") == 1
-    folder = parts.parent / "runs" / "parts" / "bolt"
+@pytest.mark.network
+def test_the_command_under_torchrun(trained_both_ways):
+    assert (trained_both_ways / "printed").read_text().count("image AUROC") == 1
+    folder = run_of(trained_both_ways / "parts")
     assert {"metrics.json", "last.pt", "log.csv"} <= {p.name for p in folder.iterdir()}
 
 
@@ -189,14 +199,24 @@ def test_of_variables_that_are_missing_or_disagree_one_process_is_left_and_a_not
     assert all(f"{name}={value}" in note for name, value in environment.items() if value)
 
 
-def test_a_shell_inside_another_job_trains_with_one_process_and_prints_the_note(parts):
-    """The other three variables, as srun leaves them, wait for nobody."""
-    environment = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3",
-                   "OMP_NUM_THREADS": "1"}
-    environment.pop("MASTER_ADDR", None)
-    process = subprocess.run([sys.executable, "train.py", *argv_for(parts)], cwd=ROOT, text=True,
-                             capture_output=True, timeout=300, env=environment)
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.startswith("note: RANK=3, WORLD_SIZE=4, LOCAL_RANK=3 in the environment "
-                                     "ignored")
-    assert process.stdout.count("image AUROC") == 1
+@pytest.fixture
+def inside_another_job(monkeypatch):
+    """Three of torchrun's variables, as srun leaves them, where a process starts."""
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    importlib.reload(ranks)
+    yield
+    monkeypatch.undo()
+    importlib.reload(ranks)
+
+
+def test_a_shell_inside_another_job_trains_with_one_process_and_prints_the_note(
+        parts, inside_another_job, capsys):
+    """It waits for nobody."""
+    assert (ranks.RANK, ranks.COUNT, ranks.LOCAL_RANK) == (0, 1, 0)
+    assert train.main(argv_for(parts)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("note: RANK=3, WORLD_SIZE=4, LOCAL_RANK=3 in the environment ignored")
+    assert out.count("image AUROC") == 1
