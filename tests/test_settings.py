@@ -23,7 +23,7 @@ def test_without_a_gpu_the_cpu_preset_is_taken_and_said(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, flags, crop", [
-    ("cpu", [], 128), ("cpu", ["--resize", "256"], 256), ("quick", ["--resize", "64"], 64),
+    ("cpu", [], 96), ("cpu", ["--resize", "256"], 256), ("quick", ["--resize", "64"], 64),
     ("authors", ["--resize", "320"], 320), ("cpu", ["--resize", "256", "--crop", "224"], 224),
     ("paper", ["--resize", "512"], 448), ("paper", ["--resize", "288"], 248),
     ("paper", ["--resize", "288", "--crop", "224"], 224)])
