@@ -6,8 +6,8 @@ docs/method.png is one reverse step with the model of the first run: x_t, M_t, e
 x_{t-1} as in Eq. 4. x_t is a training image with a synthetic anomaly at t = T. The step goes half
 the way at once, because one step of twenty changes too little to be seen. docs/demo.png shows two
 test images of every run: the first of its first and of its last kind of defect, by name.
-docs/restoration.gif shows how the first of them is restored, with one row for each run and one
-frame for each step; docs/restoration.png has five of these frames below each other, for paper.
+docs/restoration.gif shows how those of the first run are restored, one frame a step;
+docs/restoration.png has five of these frames below each other, for paper.
 """
 import argparse
 import dataclasses
@@ -51,60 +51,55 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line. `exit_status` makes its end 0, 2 (a user's mistake) or 130 (Ctrl-C)."""
     flags = command_line().parse_args(argv)
-    pictures, restored = [], []
+    pictures = []
     for folder in flags.runs:
         model, s, _ = load_model(folder / "last.pt", torch.device("cpu"))
         run_data = load_run_data(dataclasses.replace(s, root=flags.root, device="cpu"))
-        if not pictures:
-            draw_step(*half_way_back(model, s, run_data, flags.batch), flags.out / "method.png")
         items = run_data.category.test
         defective = [k for k in pick_rows([item.defect for item in items], 1) if items[k].label]
         shown = [defective[0], defective[-1]]
-        restored.append((model, s, run_data.test[defective[:1]]))
+        if not pictures:
+            draw_step(*half_way_back(model, s, run_data, flags.batch), flags.out / "method.png")
+            save_animation(restoration_frames(model, s, run_data.test[shown]), flags.out)
         file = io.BytesIO()
         draw_restorations(file, model, s, run_data.test[shown],
                           [f"{s.category}\n{items[k].defect}" for k in shown],
                           [run_data.masks[k] for k in shown])
         pictures.append(np.asarray(Image.open(file).convert("RGB")))
     Image.fromarray(np.concatenate(pictures)).save(flags.out / "demo.png", optimize=True)
-    save_animation(restoration_frames(restored), flags.out)
 
 
-def restoration_frames(restored: list[tuple[TransFusion, Settings, Tensor]]) -> list[Image.Image]:
-    """A frame for the image as it is and for each step of all restorations.
+def restoration_frames(model: TransFusion, s: Settings, images: Tensor) -> list[Image.Image]:
+    """A frame for the images as they are and for each step of their restorations.
 
-    restored: models of equal schedules, their settings, and an image each, uint8 [1, 3, H, W]. A
-    row of a frame is x_t, the mask M_t that led to it and the map of Eq. 10 over the steps so far.
-    The colours of a row's maps are those of its last one.
+    images: uint8 [B, 3, H, W]. A row of a frame is x_t, the mask M_t that led to it, and the map of
+    Eq. 10 over the steps so far.
     """
-    rows = []
-    for model, s, image in restored:
-        x = scale(image)
-        row, masks = [(x, torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1]))], []
-        for step in model.reverse_process(x):
-            masks.append(step.M_t)
-            error = reconstruction_error(x, step.x_prev)
-            row.append((step.x_prev, step.M_t,
-                        final_mask(torch.stack(masks).mean(0), error, s.lam, s.kernel)))
-        rows.append(row)
-    model = restored[0][0]
-    return [draw_frame([row[k] for row in rows], [row[-1][2].max().item() for row in rows],
-                       f"$t = {t}$,   " rf"$\beta_t = {model.beta[t]:.2f}$")
-            for k, t in enumerate(model.path())]
+    x, masks = scale(images), []
+    states = [(x, torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1]))]
+    for step in model.reverse_process(x):
+        masks.append(step.M_t)
+        error = reconstruction_error(x, step.x_prev)
+        M_so_far = final_mask(torch.stack(masks).mean(0), error, s.lam, s.kernel)
+        states.append((step.x_prev, step.M_t, M_so_far))
+    largest = states[-1][2].amax((1, 2, 3)).tolist()             # the colours of a row's maps
+    return [draw_frame(state, largest, f"$t = {t}$,   " rf"$\beta_t = {model.beta[t]:.2f}$")
+            for state, t in zip(states, model.path())]
 
 
-def draw_frame(rows: list[tuple[Tensor, Tensor, Tensor]], largest: list[float],
+def draw_frame(state: tuple[Tensor, Tensor, Tensor], largest: list[float],
                title: str) -> Image.Image:
-    """A frame: for each row x_t, M_t and the map, the map's colours up to its `largest` value."""
+    """A frame of x_t, M_t and the maps, [B, C, H, W]; a row's maps have colours up to `largest`."""
     width = 3 * (PANEL + GAP) + GAP
-    height = ABOVE + len(rows) * (PANEL + GAP)
+    height = ABOVE + len(largest) * (PANEL + GAP)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-    for k, (row, limit) in enumerate(zip(rows, largest)):
-        for column, picture in enumerate(row):
+    for row, limit in enumerate(largest):
+        for column, pictures in enumerate(state):
             axis = figure.add_axes([(GAP + column * (PANEL + GAP)) / width,
-                                    (GAP + (len(rows) - 1 - k) * (PANEL + GAP)) / height,
+                                    (GAP + (len(largest) - 1 - row) * (PANEL + GAP)) / height,
                                     PANEL / width, PANEL / height])
-            show(axis, picture, *(("gray", 1.0) if column == 1 else ("inferno", limit)))
+            show(axis, pictures[row:row + 1],
+                 *(("gray", 1.0) if column == 1 else ("inferno", limit)))
     for column, words in enumerate(("image $x_t$", "mask $M_t$", "anomaly map")):
         figure.text((GAP + column * (PANEL + GAP) + PANEL / 2) / width, 1 - 65 / height, words,
                     ha="center", va="center", fontsize=14)
@@ -117,7 +112,7 @@ def draw_frame(rows: list[tuple[Tensor, Tensor, Tensor]], largest: list[float],
 def save_animation(frames: list[Image.Image], folder: Path) -> None:
     """Save restoration.gif, which pauses at its first and last frame, and restoration.png."""
     times = [1500, *[150] * (len(frames) - 2), 2500]                     # milliseconds
-    colours = frames[len(frames) // 2].quantize(255)                     # one palette: no flicker
+    colours = frames[len(frames) // 2].quantize(255, Image.Quantize.MAXCOVERAGE)    # for all
     frames_of_256 = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     frames_of_256[0].save(folder / "restoration.gif", save_all=True, duration=times, loop=0,
                           append_images=frames_of_256[1:], optimize=True)
