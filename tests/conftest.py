@@ -20,7 +20,7 @@ torch.set_num_threads(1)        # most models here are so small that two threads
 # A model that trains in a minute or two: what the tests of everything behind training share.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--channels", "16", "--batch",
          "4", "--steps", "400", "--infer-steps", "3", "--checkpoint-every", "100", "--precision",
-         "float32", "--device", "cpu"]
+         "float32", "--device", "cpu", "--grow", "", "--anomalous", "0.5"]
 SYNTHETIC = 8                   # in place of 64: most tests score a model that has learned nothing
 
 
