@@ -51,6 +51,16 @@ def test_the_authors_preset_turns_as_their_code_does():
         "paper": (90, False), "authors": (20, True), "cpu": (90, False), "quick": (10, False)}
 
 
+def test_other_methods_keep_batches_of_one_size_half_of_them_anomalous():
+    ours, theirs = (parse(["--preset", "quick", "--method", method])[0]
+                    for method in ("transfusion", "draem"))
+    assert (ours.grow, ours.anomalous) == ("0.6:0.6", 0.75)
+    assert (theirs.grow, theirs.anomalous) == ("", 0.5)
+    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"]):
+        with pytest.raises(InputError, match="means nothing to --method draem"):
+            parse(["--method", "draem", *flags])
+
+
 def test_growing_sides_are_multiples_of_8_with_the_shares_at_which_they_end():
     assert settings.growing_sides(Settings(crop=96)) == []
     assert settings.growing_sides(Settings(crop=96, grow="0.05:0.5")) == [(16, 0.5)]   # for SSIM

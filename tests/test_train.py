@@ -224,6 +224,14 @@ def test_light_changes_the_whole_batch_and_nothing_without_it(parts):
     assert all(not torch.equal(a, b) for a, b in zip(usual, lit))
 
 
+@pytest.mark.parametrize("share, count", [(0.5, 2), (0.75, 3), (0.6, 3), (1.0, 4)])
+def test_so_many_images_of_a_batch_have_an_anomaly(parts, share, count):
+    s, _ = parse(argv_for(parts, "--anomalous", str(share)))
+    _, eps, M, _, _ = train.make_batch(s, load_run_data(s), 20, 0, torch.device("cpu"))
+    for part in (M, eps):
+        assert part.flatten(1).any(1).tolist() == count * [True] + (4 - count) * [False]
+
+
 def test_images_grow_as_the_settings_say(parts):
     """Image, mask, guide and texture alike; the foreground stays a mask."""
     s, _ = parse(argv_for(parts, "--grow", "0.5:0.4,0.75:0.8", "--steps", "10"))
