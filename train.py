@@ -135,7 +135,7 @@ def make_batch(s: Settings, run_data: RunData, last_step: int, step: int, device
     if s.light:
         images = perlin.change_light(images, s.light, rng)
     t = torch.from_numpy(rng.integers(1, last_step + 1, len(chosen))).to(device)
-    textures = run_data.textures.draw((len(chosen) + 1) // 2, rng).to(device)
+    textures = run_data.textures.draw(math.ceil(s.anomalous * len(chosen) - 1e-9), rng).to(device)
     if side not in (0, s.crop):
         images, textures = (TF.resize(part, [side, side]) for part in (images, textures))
         foreground = TF.resize(foreground, [side, side], TF.InterpolationMode.NEAREST_EXACT)
