@@ -118,8 +118,8 @@ def trained_both_ways(tmp_path_factory) -> Path:
     script = folder / "ranks.py"
     script.write_text(SCRIPT)
     one, two = ([str(folder / f"{count}-"),
-                 *argv_for(folder / "parts", "--batch", "8", "--hold-out", "0.33", "--name",
-                           count)] for count in "12")
+                 *argv_for(folder / "parts", "--batch", "8", "--hold-out", "0.33", "--anomalous",
+                           "0.5", "--name", count)] for count in "12")
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(torchrun, str(script), " ".join(argv_for(folder / "parts")), *two)
         out, *argv = one

@@ -251,7 +251,7 @@ def test_images_grow_as_the_settings_say(parts):
 
 def test_an_epoch_ends_with_what_is_left(parts, monkeypatch):
     """11 images in batches of 4: 4, 4 and 3, each image once; two ranks fill the last one up."""
-    s, _ = parse(argv_for(parts, "--rotation", "0"))
+    s, _ = parse(argv_for(parts, "--rotation", "0", "--anomalous", "0.5"))
     run_data, cpu = load_run_data(s), torch.device("cpu")
     assert len(run_data.train_indices) == 11 and run_data.steps_per_epoch(s.batch) == 3
     batches = [train.make_batch(s, run_data, 20, step, cpu) for step in range(3)]
