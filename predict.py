@@ -473,11 +473,12 @@ def part_names(names: list[str], pattern: str) -> list[str]:
     parts = ["-".join(group or "" for group in match.groups()) if match else name
              for name, match in zip(names, matches)]
     counts = Counter(part for part, match in zip(parts, matches) if match)
-    usual = Counter(counts.values()).most_common(1)[0][0]
-    few = [part for part, count in counts.items() if count < usual]
-    if few:
-        print(f"warning: {len(few)} of {len(counts)} parts have fewer photos than the usual {usual}, "
-              f"such as {few[0]}; a defect that only a missing photo shows is not found")
+    views = Counter(counts.values()).most_common(1)[0][0]          # of a part that is complete
+    incomplete = [part for part, count in counts.items() if count < views]
+    if incomplete:
+        print(f"warning: {len(incomplete)} of {len(counts)} parts have fewer photos than the usual "
+              f"{views}, such as {incomplete[0]}; a defect that only a missing photo shows is not "
+              f"found")
     return parts
 
 
