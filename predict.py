@@ -445,6 +445,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--out {out}: holds a training's results; choose another folder")
     names = relative_names(files, flags.images)
     parts = part_names(names, flags.group) if flags.group else []
+    if parts and model.threshold:
+        print_part_rate(parts, model.threshold.rate)
     with locked_folder(out):
         remove_old_pictures(out)
         return inspect_files(model, files, names, parts, out, flags)
@@ -480,6 +482,14 @@ def part_names(names: list[str], pattern: str) -> list[str]:
               f"{views}, such as {incomplete[0]}; a defect that only a missing photo shows is not "
               f"found")
     return parts
+
+
+def print_part_rate(parts: list[str], rate: float) -> None:
+    """Print the false alarm rate of whole parts. parts: of each photo; rate: that of photos."""
+    photos = Counter(Counter(parts).values()).most_common(1)[0][0]
+    if photos > 1:
+        print(f"  these are rates of photos: of good parts with {photos} photos each, up to "
+              f"{100 * min(1, photos * rate):.0f} % are expected to be called defective")
 
 
 def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: list[str],

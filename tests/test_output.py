@@ -196,6 +196,8 @@ def test_the_highest_score_decides_on_a_part_seen_by_several_cameras(run, tmp_pa
     said = capsys.readouterr().out
     bad = sum(row["verdict"] == "defective" for row in parts)
     assert "--group matches 6 of 7 photos" in said
+    rate = predict.load(run).threshold.rate
+    assert f"of good parts with 2 photos each, up to {min(100, 200 * rate):.0f} %" in said
     assert f"; 4 parts, {bad} defective, in parts.csv; " in said and "fewer photos" not in said
     text = (out / "index.html").read_text()
     assert "4 parts, " in text and text.index("<table>") < text.index("<figure>")

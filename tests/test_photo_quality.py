@@ -1,6 +1,7 @@
 """photo_quality.py changes photos as it says; threshold_promise.py counts what a threshold lets by.
 """
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 import photo_quality
 import threshold_promise
 from helpers import ROOT, refused, rows_of, tiny
+from metrics import CalibrationScores
 from settings import Settings
 
 PIXELS = np.random.default_rng(0).integers(60, 180, (40, 48, 3)).astype(np.uint8)
@@ -70,15 +72,30 @@ def test_the_promise_of_exchangeable_scores_is_kept_on_average():
     assert spread == sorted(spread, reverse=True)
 
 
+def test_training_scores_steady_a_threshold_of_few_photos():
+    scores = np.random.default_rng(0).normal(size=600)
+    training = np.random.default_rng(1).normal(size=72).tolist()
+    rows = [threshold_promise.promise_rows({1: scores}, 0.05, 400, (8,), some)[0]
+            for some in ([], training)]
+    assert [row["training_scores"] for row in rows] == [0, 72]
+    assert rows[1]["promised"] == pytest.approx(0.05, abs=0.005)
+    spread = [row["false_alarms_95"] - row["false_alarms_5"] for row in rows]
+    assert spread[1] < spread[0] / 2
+
+
 def test_fresh_photos_are_drawn_for_runs_of_the_demo_alone(tmp_path, monkeypatch, capsys):
     s = Settings(data="demo", category="gear", resize=32, crop=32, channels=8)
-    monkeypatch.setattr(threshold_promise, "load_model", lambda *_: (tiny().eval(), s, {}))
+    for name, result in (("load_model", (tiny().eval(), s, {})),
+                         ("load_run_data", SimpleNamespace(train_indices=range(72))),
+                         ("calibration_scores", CalibrationScores(8 * [0.1], 72 * [0.1], [], 1))):
+        monkeypatch.setattr(threshold_promise, name, lambda *_, result=result, **__: result)
     argv = ["run", "--photos", "12", "--deals", "3", "--device", "cpu", "--csv"]
     assert threshold_promise.main([*argv, str(tmp_path / "table.csv")]) == 0
     rows = rows_of(tmp_path / "table.csv")
-    assert [float(row["light"]) for row in rows] == list(threshold_promise.LIGHTS)
-    object.__setattr__(s, "data", "mvtec")
-    refused(capsys, [*argv, "table.csv"], "a run of mvtec", command=threshold_promise.main)
+    assert [float(row["light"]) for row in rows] == 2 * list(threshold_promise.LIGHTS)
+    assert [row["training_scores"] for row in rows] == 5 * ["0"] + 5 * ["72"]
+    object.__setattr__(s, "category", "cable")
+    refused(capsys, [*argv, "table.csv"], "a run of cable", command=threshold_promise.main)
 
 
 def test_the_page_shows_the_tables_of_results():

@@ -2,10 +2,12 @@
 
     python tools/threshold_promise.py runs/demo/fabric --csv results/threshold_promise.csv
 
-For runs of the demo, whose good photos can be drawn without end. Fresh ones are scored once. Many
-times, n of them are dealt at random and set a threshold by `metrics.threshold`, as held-out photos
-do; the others are new photos, also under brighter and darker light. A row of the table is an n and
-a light, with the false alarm rate over all deals beside the promised one.
+For the demo's products, whose good photos can be drawn without end. Fresh ones are scored once.
+Many times, n of them are dealt at random and set a threshold by `metrics.threshold`, as held-out
+photos do; the others are new photos, also under brighter and darker light. A row of the table is an
+n and a light, with the false alarm rate over all deals beside the promised one. The last rows of a
+run deal as many as the run itself holds out, and add the scores of its training images, as a
+training does.
 """
 import argparse
 import sys
@@ -19,8 +21,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))     # the modules lie one folder up
 
 import demo
-from data import preprocess
-from evaluate import network_calls, scores_of
+from data import load_run_data, preprocess
+from evaluate import calibration_scores, network_calls, scores_of
 from metrics import CalibrationScores, threshold
 from photo_quality import light
 from runs import load_model
@@ -33,23 +35,26 @@ COUNTS = (8, 20, 50, 100, 200, 400, 1000, 2000)
 LIGHTS = (0.95, 0.97, 1, 1.03, 1.05)    # the brightness of new photos, as a factor
 
 
-def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: int) -> list[dict]:
+def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: int,
+                 counts: tuple[int, ...] = COUNTS, training: list[float] = []) -> list[dict]:
     """A row for each number of photos and each light. scores: of the same photos, [N], by light.
 
-    The threshold is set under the light 1, by at most two thirds of the photos.
+    The threshold is set under the light 1, by at most two thirds of the photos. training: scores
+    of training images that take part in each threshold.
     """
     rows, N = [], len(scores[1])
-    for count in (n for n in COUNTS if 3 * n <= 2 * N):
+    for count in (n for n in counts if 3 * n <= 2 * N):
         rng, rates = np.random.default_rng(count), {factor: [] for factor in scores}
         for _ in range(deals):
             order = rng.permutation(N)
-            dealt = CalibrationScores(scores[1][order[:count]].tolist(), [], [], 0)
+            dealt = CalibrationScores(scores[1][order[:count]].tolist(), training, [], 0)
             limit = threshold(dealt, false_alarms)
             for factor in scores:
                 rates[factor].append(np.mean(scores[factor][order[count:]] > limit.value))
         for factor, values in rates.items():
             low, high = np.quantile(values, (0.05, 0.95))
-            rows.append({"photos": count, "light": factor, "fresh": N, "deals": deals,
+            rows.append({"photos": count, "training_scores": len(training), "light": factor,
+                         "fresh": N, "deals": deals,
                          "promised": limit.rate, "false_alarms_mean": np.mean(values),
                          "false_alarms_5": low, "false_alarms_95": high,
                          "share_above_10": np.mean(np.array(values) > 0.1)})
@@ -59,23 +64,26 @@ def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: in
 def table(rows: list[dict]) -> list[str]:
     """The page's table: mean false alarm rate (5 % and 95 % quantile) in per cent by light."""
     lights = list(dict.fromkeys(float(row["light"]) for row in rows))
-    titles = ["product, good photos", "promised", *(f"light x {light:g}" for light in lights)]
+    titles = ["product, good photos + training photos", "promised",
+              *(f"light x {light:g}" for light in lights)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["category"], row["photos"], row["promised"]), []).append(row)
-    for (category, photos, promised), group in groups.items():
+        groups.setdefault((row["category"], row["photos"], row["training_scores"],
+                           row["promised"]), []).append(row)
+    for (category, photos, training, promised), group in groups.items():
         cells = ("{:.0f} ({:.0f} to {:.0f})".format(*(100 * float(row[f"false_alarms_{k}"])
                                                       for k in ("mean", "5", "95")))
                  for row in group)
-        lines.append(f"| {category}, {photos} | {100 * float(promised):.1f} | "
+        count = f"{photos} + {training}" if training else photos
+        lines.append(f"| {category}, {count} | {100 * float(promised):.1f} | "
                      f"{' | '.join(cells)} |")
     return lines
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Try the threshold's promise on fresh photos.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs of the demo")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs of the demo's products")
     parser.add_argument("--photos", type=int, default=600, metavar="N",
                         help="fresh photos to draw (default 600)")
     parser.add_argument("--deals", type=int, default=2000, metavar="N",
@@ -97,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for folder in flags.runs:
         model, s, _ = load_model(folder / "last.pt", pick_device(flags.device))
-        if s.data != "demo":
-            raise InputError(f"{folder}: a run of {s.data}; only the demo's photos can be drawn")
+        if s.category not in demo.DEFECTS:
+            raise InputError(f"{folder}: a run of {s.category}; only photos of the demo's products "
+                             f"can be drawn")
         s = replace(s, infer_steps=flags.infer_steps)
         network_calls(model, s)
         photos = [Image.fromarray(demo.draw(s.category, None, FIRST + k)[0]) for k in
@@ -108,9 +117,16 @@ def main(argv: list[str] | None = None) -> None:
             images = torch.tensor(np.stack([preprocess(light(photo, factor), s.resize, s.crop)
                                             for photo in photos]))
             scores[factor] = np.array(scores_of(model, s, images, range(len(images))))
-        for row in promise_rows(scores, s.false_alarms, flags.deals):
-            rows.append({"data": s.data, "category": s.category, "preset": s.preset,
-                         "seed": s.seed, "infer_steps": flags.infer_steps, **rounded(row)})
+        run_data = load_run_data(s, folder=folder)
+        own = calibration_scores(model, s, run_data)
+        new_rows = promise_rows(scores, s.false_alarms, flags.deals)
+        if own:
+            new_rows += promise_rows(scores, s.false_alarms, flags.deals, (len(own.held_out),),
+                                     own.training)
+        for row in new_rows:
+            rows.append({"category": s.category, "preset": s.preset, "seed": s.seed,
+                         "infer_steps": flags.infer_steps,
+                         "trained_on": len(run_data.train_indices), **rounded(row)})
             print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         if flags.csv:
             save_csv(flags.csv, rows)
