@@ -39,7 +39,7 @@ class Settings:
     name: str = setting("", "suffix of the run folder, to keep several runs of a category", "run")
     method: str = setting("transfusion", "the method to train", "run", tuple(METHODS))
     preset: str = setting("", "named settings (default: demo quick, GPU paper, else cpu)", "run",
-                          ("paper", "authors", "cpu", "quick"))
+                          ("paper", "authors", "fast", "cpu", "quick"))
     seed: int = setting(0, "seed of all random numbers", "run", low=0, high=2 ** 63 - 1)
 
     root: str = setting("", "folder of the data sets (default: $TRANSFUSION_DATA or ./data; the "
@@ -120,18 +120,17 @@ class Settings:
                                   low=0, high=1)
 
 
+SHORT_TRAINING = dict(grow="0.6:0.6", anomalous=0.75, attention_norm=True, init="identity",
+                      clip=1.0, lr_schedule="cosine", precision="auto", hold_out=0.1)
 PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "cpu": dict(resize=96, crop=96, grow="0.6:0.6", channels=16, attention_norm=True,
-                anomalous=0.75, init="identity", steps=3300, lr=1e-3, lr_schedule="cosine",
-                warmup=100, clip=1.0, ema=0.995, precision="auto", hold_out=0.1,
-                checkpoint_every=200, infer_steps=3),
-    "quick": dict(resize=80, crop=80, grow="0.6:0.6", rotation=10.0, channels=16,
-                  attention_norm=True, batch=4, anomalous=0.75, init="identity", steps=1200,
-                  lr=1e-3, lr_schedule="cosine", warmup=50, clip=1.0, ema=0.99, precision="auto",
-                  hold_out=0.1, checkpoint_every=200),
+    "fast": SHORT_TRAINING | dict(steps=6000, lr=1e-4, warmup=100, ema=0.995, infer_steps=5),
+    "cpu": SHORT_TRAINING | dict(resize=96, crop=96, channels=16, steps=3300, lr=1e-3, warmup=100,
+                                 ema=0.995, checkpoint_every=200, infer_steps=3),
+    "quick": SHORT_TRAINING | dict(resize=80, crop=80, channels=16, batch=4, steps=1200, lr=1e-3,
+                                   warmup=50, ema=0.99, checkpoint_every=200, rotation=10.0),
 }
 LENGTH = {"steps", "epochs"}
 
@@ -230,7 +229,7 @@ def preset_values(method: str, preset: str) -> dict:
     if own is not None and preset not in own:
         raise InputError(f"--preset {preset}: --method {method} has {', '.join(own)}")
     values = {**PRESETS[preset], "method": method}
-    return values if own is None else {**values, "grow": "", "anomalous": 0.5, **own.get(preset, {})}
+    return values if own is None else values | {"grow": "", "anomalous": 0.5} | own.get(preset, {})
 
 
 def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:

@@ -41,14 +41,26 @@ def test_the_last_mask_is_m_1_unless_fewer_steps_are_asked_for():
 def test_paper_and_authors_compute_in_float32(monkeypatch):
     monkeypatch.setattr(settings, "fast_bf16", lambda device: True)
     precisions = {preset: parse(["--preset", preset])[0].precision for preset in settings.PRESETS}
-    assert precisions == {"paper": "float32", "authors": "float32", "cpu": "bf16", "quick": "bf16"}
+    assert precisions == {"paper": "float32", "authors": "float32", "fast": "bf16", "cpu": "bf16",
+                          "quick": "bf16"}
     assert parse(["--preset", "paper", "--precision", "bf16"])[0].precision == "bf16"
 
 
 def test_the_authors_preset_turns_as_their_code_does():
     presets = {preset: parse(["--preset", preset])[0] for preset in settings.PRESETS}
     assert {k: (s.rotation, s.authors_rotation) for k, s in presets.items()} == {
-        "paper": (90, False), "authors": (20, True), "cpu": (90, False), "quick": (10, False)}
+        "paper": (90, False), "authors": (20, True), "fast": (90, False), "cpu": (90, False),
+        "quick": (10, False)}
+
+
+def test_the_fast_preset_is_the_papers_network_and_size_trained_as_the_cpu_preset_trains():
+    paper, fast, cpu = (parse(["--preset", name])[0] for name in ("paper", "fast", "cpu"))
+    for name in ("resize", "crop", "channels", "batch", "T", "pe", "rotation", "lam", "kernel"):
+        assert getattr(fast, name) == getattr(paper, name), name
+    for name in ("grow", "anomalous", "init", "attention_norm", "lr_schedule", "clip", "hold_out"):
+        assert getattr(fast, name) == getattr(cpu, name), name
+    with pytest.raises(InputError, match="--preset fast: --method draem has "):
+        parse(["--preset", "fast", "--method", "draem"])
 
 
 def test_other_methods_keep_batches_of_one_size_half_of_them_anomalous():
