@@ -146,6 +146,7 @@ NAMED = 2            # its image is named
 ODD = 4              # it sets no threshold, either
 FEWEST = 3           # held-out images: the median of fewer follows a single odd one
 CLEARLY = 0.1        # level of the rank test: held-out images score higher than the training's
+MEMORISED = 30       # training images: fewer promise no false alarm rate (docs/own_parts.md)
 
 
 def stand_out(scores: np.ndarray, times: float = ODD) -> np.ndarray:
@@ -178,8 +179,13 @@ def normal_threshold(scores: np.ndarray, false_alarms: float = 0.05, odd: int = 
         raise ValueError("a threshold needs scores of normal images")
     k = int(np.floor(false_alarms * (n + 1) + 1e-9))                   # 0.05 * 20 is 1, not less
     k = min(n, max(1 + odd, k))
+    return Threshold(float(ordered[k - 1]), *rate_above(k, n), n)
+
+
+def rate_above(k: int, n: int) -> tuple[float, float, float]:
+    """The rate at which new scores exceed the k-th largest of n: its mean and its 95 % interval."""
     low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
-    return Threshold(float(ordered[k - 1]), k / (n + 1), float(low), float(high), n)
+    return k / (n + 1), float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -226,14 +232,20 @@ def threshold(scores: CalibrationScores, false_alarms: float) -> Threshold:
     that a single held-out image does not decide. Where the held-out images, even without their
     highest, lie clearly above the training's (a rank test), it is not below the threshold of the
     held-out ones alone: the training's scores may then have a smaller spread, too. Scores that
-    `stand_out` do not set it.
+    `stand_out` do not set it. A network memorises a few images, so that the scores of fewer than
+    MEMORISED training images promise nothing: then the rate is that of the held-out ones alone.
     """
     held_out, samples = sorted(scores.held_out), [normal_scores(scores)]
     if held_out and scores.training and mannwhitneyu(
             held_out[:-1] or held_out, scores.training, alternative="greater").pvalue <= CLEARLY:
         samples.append(np.array(held_out))
-    return max((normal_threshold(some, false_alarms, int(stand_out(some).sum()))
-                for some in samples), key=lambda limit: (limit.value, limit.rate))
+    limit = max((normal_threshold(some, false_alarms, int(stand_out(some).sum()))
+                 for some in samples), key=lambda limit: (limit.value, limit.rate))
+    if held_out and 0 < len(scores.training) < MEMORISED:
+        above = sum(score > limit.value for score in held_out)
+        rate, low, high = rate_above(min(above + 1, len(held_out)), len(held_out))
+        limit = limit._replace(rate=rate, low=low, high=high)
+    return limit
 
 
 def synthetic_detection_rate(scores: CalibrationScores, limit: Threshold) -> float | None:

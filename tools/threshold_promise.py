@@ -75,7 +75,7 @@ def table(rows: list[dict]) -> list[str]:
         cells = ("{:.0f} ({:.0f} to {:.0f})".format(*(100 * float(row[f"false_alarms_{k}"])
                                                       for k in ("mean", "5", "95")))
                  for row in group)
-        count = f"{photos} + {training}" if training else photos
+        count = f"{photos} + {training}" if int(training) else photos
         lines.append(f"| {category}, {count} | {100 * float(promised):.1f} | "
                      f"{' | '.join(cells)} |")
     return lines
