@@ -45,17 +45,19 @@ def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: in
     rows, N = [], len(scores[1])
     for count in (n for n in counts if 3 * n <= 2 * N):
         rng, rates = np.random.default_rng(count), {factor: [] for factor in scores}
+        promised = []
         for _ in range(deals):
             order = rng.permutation(N)
             dealt = CalibrationScores(scores[1][order[:count]].tolist(), training, [], 0)
             limit = threshold(dealt, false_alarms)
+            promised.append(limit.rate)
             for factor in scores:
                 rates[factor].append(np.mean(scores[factor][order[count:]] > limit.value))
         for factor, values in rates.items():
             low, high = np.quantile(values, (0.05, 0.95))
             rows.append({"photos": count, "training_scores": len(training), "light": factor,
                          "fresh": N, "deals": deals,
-                         "promised": limit.rate, "false_alarms_mean": np.mean(values),
+                         "promised": np.median(promised), "false_alarms_mean": np.mean(values),
                          "false_alarms_5": low, "false_alarms_95": high,
                          "share_above_10": np.mean(np.array(values) > 0.1)})
     return rows
