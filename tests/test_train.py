@@ -383,7 +383,7 @@ def test_the_learning_rate_of_the_paper():
     (["--drop-loss", "nmac"], ["--drop-loss nmac"]),
     (["--channels", "12"], ["--channels 12", "multiple of 8"]),
     (["--schedule", "cubic"], ["--schedule", "cubic"]),
-    (["--preset", "fast"], ["--preset", "fast"]),
+    (["--preset", "slow"], ["--preset", "slow"]),
     (["--device", "cuda:9"], ["--device cuda:9"]),
     (["--device", "toaster"], ["--device toaster"]),
     (["--foreground", "nowhere"], ["--foreground nowhere", "no such folder"]),
