@@ -11,6 +11,7 @@ training does.
 """
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ LIGHTS = (0.95, 0.97, 1, 1.03, 1.05)    # the brightness of new photos, as a fac
 
 
 def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: int,
-                 counts: tuple[int, ...] = COUNTS, training: list[float] = []) -> list[dict]:
+                 counts: tuple[int, ...] = COUNTS, training: Sequence[float] = ()) -> list[dict]:
     """A row for each number of photos and each light. scores: of the same photos, [N], by light.
 
     The threshold is set under the light 1, by at most two thirds of the photos. training: scores
@@ -48,7 +49,7 @@ def promise_rows(scores: dict[float, np.ndarray], false_alarms: float, deals: in
         promised = []
         for _ in range(deals):
             order = rng.permutation(N)
-            dealt = CalibrationScores(scores[1][order[:count]].tolist(), training, [], 0)
+            dealt = CalibrationScores(scores[1][order[:count]].tolist(), list(training), [], 0)
             limit = threshold(dealt, false_alarms)
             promised.append(limit.rate)
             for factor in scores:
@@ -85,7 +86,8 @@ def table(rows: list[dict]) -> list[str]:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Try the threshold's promise on fresh photos.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs of the demo's products")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path,
+                        help="runs of the demo's products")
     parser.add_argument("--photos", type=int, default=600, metavar="N",
                         help="fresh photos to draw (default 600)")
     parser.add_argument("--deals", type=int, default=2000, metavar="N",
