@@ -243,8 +243,8 @@ def threshold(scores: CalibrationScores, false_alarms: float) -> Threshold:
                  for some in samples), key=lambda limit: (limit.value, limit.rate))
     if held_out and 0 < len(scores.training) < MEMORISED:
         above = sum(score > limit.value for score in held_out)
-        rate, low, high = rate_above(min(above + 1, len(held_out)), len(held_out))
-        limit = limit._replace(rate=rate, low=low, high=high)
+        k = min(above + 1, len(held_out))
+        limit = Threshold(limit.value, *rate_above(k, len(held_out)), limit.count)
     return limit
 
 

@@ -475,7 +475,7 @@ def part_names(names: list[str], pattern: str) -> list[str]:
     parts = ["-".join(group or "" for group in match.groups()) if match else name
              for name, match in zip(names, matches)]
     counts = Counter(part for part, match in zip(parts, matches) if match)
-    views = Counter(counts.values()).most_common(1)[0][0]          # of a part that is complete
+    views = usual_views(counts)
     incomplete = [part for part, count in counts.items() if count < views]
     if incomplete:
         print(f"warning: {len(incomplete)} of {len(counts)} parts have fewer photos than the usual "
@@ -484,12 +484,17 @@ def part_names(names: list[str], pattern: str) -> list[str]:
     return parts
 
 
+def usual_views(counts: Counter) -> int:
+    """The number of photos that most parts have. counts: of photos, by part."""
+    return Counter(counts.values()).most_common(1)[0][0]
+
+
 def print_part_rate(parts: list[str], rate: float) -> None:
     """Print the false alarm rate of whole parts. parts: of each photo; rate: that of photos."""
-    photos = Counter(Counter(parts).values()).most_common(1)[0][0]
-    if photos > 1:
-        print(f"  these are rates of photos: of good parts with {photos} photos each, up to "
-              f"{100 * min(1, photos * rate):.0f} % are expected to be called defective")
+    views = usual_views(Counter(parts))
+    if views > 1:
+        print(f"  these are rates of photos: of good parts with {views} photos each, up to "
+              f"{100 * min(1, views * rate):.0f} % are expected to be called defective")
 
 
 def inspect_files(model: Inspector, files: list[Path], names: list[str], parts: list[str],
