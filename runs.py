@@ -20,6 +20,7 @@ from support.devices import fast_bf16
 from support.files import folder_name, read_json, save_atomically, save_csv_if_possible
 from support.flags import flag_of, wrong_types
 from support.layouts import FOLDERS
+from support.optimizer import MuonAdamW, new_optimizer
 from support.weights import load_torch, load_weights
 from transfusion import Method
 
@@ -49,7 +50,7 @@ class Run:
     settings: Settings
     data: RunData | None
     model: Method
-    optimizer: torch.optim.AdamW | None = None
+    optimizer: torch.optim.AdamW | MuonAdamW | None = None
     average: AveragedModel | None = None
     step: int = 0
     seconds: float = 0.0
@@ -169,9 +170,8 @@ def new_run(folder: Path, s: Settings, data: RunData | None, model: Method) -> R
     if s.device.startswith("cuda") and ranks.COUNT > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(s.device)
-    optimizer = torch.optim.AdamW(model.parameters(), s.lr, weight_decay=s.weight_decay, fused=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(s.ema)) if s.ema else None
-    return Run(folder, s, data, model, optimizer, average)
+    return Run(folder, s, data, model, new_optimizer(model, s), average)
 
 
 def build_model(s: Settings) -> Method:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from baselines import METHODS, accepts_flag
+from baselines import METHODS, OURS_ALONE, accepts_flag
 from support.console import InputError
 from support.devices import fast_bf16, pick_device
 from support.flags import Moved, add_flags, flag_of
@@ -72,7 +72,8 @@ class Settings:
     steps: int = setting(0, "optimiser steps; if not 0, they replace --epochs", "training", low=0)
     init: str = setting("default", "initial weights: torch's, or weights that return the input",
                         "training", ("default", "identity"))
-    lr: float = setting(1e-5, "learning rate of AdamW", "training", low=0)
+    lr: float = setting(1e-5, "learning rate", "training", low=0)
+    muon: bool = setting(False, "Muon for convolutions, AdamW for the rest", "training")
     lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
                                "training", ("step", "cosine"))
     lr_drop: int = setting(800, "epoch after which the step schedule drops", "training")
@@ -121,7 +122,7 @@ class Settings:
 
 
 SHORT_TRAINING = dict(grow="0.6:0.6", anomalous=0.75, attention_norm=True, init="identity",
-                      clip=1.0, lr_schedule="cosine", precision="auto", hold_out=0.1)
+                      clip=1.0, lr_schedule="cosine", muon=True, precision="auto", hold_out=0.1)
 PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
@@ -229,7 +230,7 @@ def preset_values(method: str, preset: str) -> dict:
     if own is not None and preset not in own:
         raise InputError(f"--preset {preset}: --method {method} has {', '.join(own)}")
     values = {**PRESETS[preset], "method": method}
-    return values if own is None else values | {"grow": "", "anomalous": 0.5} | own.get(preset, {})
+    return values if own is None else values | OURS_ALONE | own.get(preset, {})
 
 
 def default_preset(data: str, device: torch.device, quiet: bool = False) -> str:

@@ -120,6 +120,13 @@ def run_of(parts: Path, name: str = "") -> Path:
     return parts.parent / "runs" / "parts" / "-".join(filter(None, ("bolt", name)))
 
 
+def moments_of(state: dict) -> list[torch.Tensor]:
+    """The moments and step counts in the state of an optimizer, or of two that are used as one."""
+    return [moment for value in state.values() for moment in
+            (moments_of(value) if isinstance(value, dict) else [value])
+            if isinstance(moment, torch.Tensor)]
+
+
 def interrupt(monkeypatch, batch: int) -> None:
     """Let Ctrl-C arrive while a training makes this batch of its own, counted from 1."""
     make_batch, steps = train.make_batch, []

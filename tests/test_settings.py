@@ -57,18 +57,19 @@ def test_the_fast_preset_is_the_papers_network_and_size_trained_as_the_cpu_prese
     paper, fast, cpu = (parse(["--preset", name])[0] for name in ("paper", "fast", "cpu"))
     for name in ("resize", "crop", "channels", "batch", "T", "pe", "rotation", "lam", "kernel"):
         assert getattr(fast, name) == getattr(paper, name), name
-    for name in ("grow", "anomalous", "init", "attention_norm", "lr_schedule", "clip", "hold_out"):
+    for name in ("grow", "anomalous", "init", "attention_norm", "lr_schedule", "muon", "clip",
+                 "hold_out"):
         assert getattr(fast, name) == getattr(cpu, name), name
     with pytest.raises(InputError, match="--preset fast: --method draem has "):
         parse(["--preset", "fast", "--method", "draem"])
 
 
-def test_other_methods_keep_batches_of_one_size_half_of_them_anomalous():
+def test_other_methods_keep_batches_of_one_size_half_of_them_anomalous_and_adamw():
     ours, theirs = (parse(["--preset", "quick", "--method", method])[0]
                     for method in ("transfusion", "draem"))
-    assert (ours.grow, ours.anomalous) == ("0.6:0.6", 0.75)
-    assert (theirs.grow, theirs.anomalous) == ("", 0.5)
-    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"]):
+    assert (ours.grow, ours.anomalous, ours.muon) == ("0.6:0.6", 0.75, True)
+    assert (theirs.grow, theirs.anomalous, theirs.muon) == ("", 0.5, False)
+    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"], ["--muon"]):
         with pytest.raises(InputError, match="means nothing to --method draem"):
             parse(["--method", "draem", *flags])
 

@@ -9,7 +9,7 @@ import torch
 import runs
 import train
 from data import load_run_data
-from helpers import argv_for, refused, rows_of, run_of
+from helpers import argv_for, moments_of, refused, rows_of, run_of
 from runs import Diverged, Run
 from settings import Settings, parse
 from support.console import InputError
@@ -23,9 +23,7 @@ def checkpoint(parts, name) -> dict:
 
 def tensors_of(state) -> list[torch.Tensor]:
     """The weights, averages, moments and step counts of a checkpoint."""
-    moments = [value for moments in state["optimizer"]["state"].values()
-               for value in moments.values()]
-    return [*state["model"].values(), *state["ema"].values(), *moments]
+    return [*state["model"].values(), *state["ema"].values(), *moments_of(state["optimizer"])]
 
 
 def same(a, b) -> bool:

@@ -14,7 +14,8 @@ import evaluate
 import runs
 import train
 from data import load_run_data
-from helpers import argv_for, contents, interrupt, picture, png, refused, rows_of, run_of
+from helpers import (argv_for, contents, interrupt, moments_of, picture, png, refused, rows_of,
+                     run_of)
 from settings import Settings, parse
 from support import ranks
 from support.report import print_table
@@ -113,8 +114,7 @@ def same_training(a, b) -> None:
     one, other = (torch.load(run / "last.pt", weights_only=True) for run in (a, b))
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][k], other[part][k]) for k in one[part]), part
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[k], other["optimizer"]["state"][key][k]) for k in state)
+    assert all(map(torch.equal, moments_of(one["optimizer"]), moments_of(other["optimizer"])))
     assert (a / "scores.csv").read_bytes() == (b / "scores.csv").read_bytes()
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(run / "log.csv")]
             for run in (a, b)]
