@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import moments_of
 from settings import Settings
@@ -92,3 +93,15 @@ def test_a_training_continues_bit_for_bit_from_its_state():
         train_step(one, first, 2 + k)
         train_step(other, second, 2 + k)
     assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_one_code_path_for_cuda():
+    with FakeTensorMode(), torch.device("cuda"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ConvTranspose2d(8, 4, 4))
+        optimizer = MuonAdamW(model, LR, DECAY)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        moments = moments_of(optimizer.muon.state_dict())
+        assert len(moments) == 2 and all(m.device.type == "cuda" for m in moments)
