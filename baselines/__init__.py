@@ -44,7 +44,7 @@ METHODS = {"transfusion": Entry(transfusion),
                ("patchcore", PatchCore))}}
 
 # Flags outside the group "method" that another method accepts only if its USES names them.
-OPTIONAL_FLAGS = {"attention_norm", "anomalous", "grow", "init", "muon", "recompute", "compile",
+OPTIONAL_FLAGS = {"attention_norm", "anomalous", "grow", "init", "recompute", "compile",
                   "infer_steps", "lam", "final_mask"}
 # What other methods do not take over from TransFusion's presets.
 OURS_ALONE = {"grow": "", "anomalous": 0.5, "muon": False}

@@ -542,10 +542,11 @@ def test_the_usual_losses_of_a_stage_are_no_measure_for_another_one(parts, monke
 
 
 @pytest.mark.picture
-@pytest.mark.parametrize("method", [name for name in OTHERS if METHODS[name].trains])
-def test_every_method_trains_resumes_and_inspects(method, parts, tmp_path):
+@pytest.mark.parametrize("method, muon", [*((name, "--no-muon") for name in OTHERS
+                                            if METHODS[name].trains), ("diffad", "--muon")])
+def test_every_method_trains_resumes_and_inspects(method, muon, parts, tmp_path):
     argv = argv_for(parts, "--method", method, "--channels", "16", "--steps", "4", "--warmup", "0",
-                    "--checkpoint-every", "2", "--ema", "0.5")
+                    "--checkpoint-every", "2", "--ema", "0.5", muon)
     if method == "draem":                                 # it has one pass
         index = argv.index("--infer-steps")
         del argv[index:index + 2]

@@ -69,9 +69,10 @@ def test_other_methods_keep_batches_of_one_size_half_of_them_anomalous_and_adamw
                     for method in ("transfusion", "draem"))
     assert (ours.grow, ours.anomalous, ours.muon) == ("0.6:0.6", 0.75, True)
     assert (theirs.grow, theirs.anomalous, theirs.muon) == ("", 0.5, False)
-    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"], ["--muon"]):
+    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"]):
         with pytest.raises(InputError, match="means nothing to --method draem"):
             parse(["--method", "draem", *flags])
+    assert parse(["--method", "draem", "--muon"])[0].muon           # may be tried with any method
 
 
 def test_growing_sides_are_multiples_of_8_with_the_shares_at_which_they_end():

@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         shown = [defective[0], defective[-1]]
         if not pictures:
             draw_step(*half_way_back(model, s, run_data, flags.batch), flags.out / "method.png")
-            save_animation(restoration_frames(model, s, run_data.test[shown]), flags.out)
+            frames = restoration_frames(model, s, run_data.test[shown],
+                                        [items[k].defect for k in shown])
+            save_animation(frames, flags.out)
         file = io.BytesIO()
         draw_restorations(file, model, s, run_data.test[shown],
                           [f"{s.category}\n{items[k].defect}" for k in shown],
@@ -69,11 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     Image.fromarray(np.concatenate(pictures)).save(flags.out / "demo.png", optimize=True)
 
 
-def restoration_frames(model: TransFusion, s: Settings, images: Tensor) -> list[Image.Image]:
+def restoration_frames(model: TransFusion, s: Settings, images: Tensor,
+                       names: list[str]) -> list[Image.Image]:
     """A frame for the images as they are and for each step of their restorations.
 
-    images: uint8 [B, 3, H, W]. A row of a frame is x_t, the mask M_t that led to it, and the map of
-    Eq. 10 over the steps so far.
+    images: uint8 [B, 3, H, W]; names: what stands beside their rows. A row of a frame is x_t, the
+    mask M_t that led to it, and the map of Eq. 10 over the steps so far.
     """
     x, masks = scale(images), []
     states = [(x, torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1]))]
@@ -83,25 +86,28 @@ def restoration_frames(model: TransFusion, s: Settings, images: Tensor) -> list[
         M_so_far = final_mask(torch.stack(masks).mean(0), error, s.lam, s.kernel)
         states.append((step.x_prev, step.M_t, M_so_far))
     largest = states[-1][2].amax((1, 2, 3)).tolist()             # the colours of a row's maps
-    return [draw_frame(state, largest, f"$t = {t}$,   " rf"$\beta_t = {model.beta[t]:.2f}$")
+    return [draw_frame(state, largest, names, f"$t = {t}$,   " rf"$\beta_t = {model.beta[t]:.2f}$")
             for state, t in zip(states, model.path())]
 
 
-def draw_frame(state: tuple[Tensor, Tensor, Tensor], largest: list[float],
+def draw_frame(state: tuple[Tensor, Tensor, Tensor], largest: list[float], names: list[str],
                title: str) -> Image.Image:
     """A frame of x_t, M_t and the maps, [B, C, H, W]; a row's maps have colours up to `largest`."""
-    width = 3 * (PANEL + GAP) + GAP
+    left = 2 * GAP                                                       # for the names
+    width = left + 3 * (PANEL + GAP)
     height = ABOVE + len(largest) * (PANEL + GAP)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     for row, limit in enumerate(largest):
         for column, pictures in enumerate(state):
-            axis = figure.add_axes([(GAP + column * (PANEL + GAP)) / width,
+            axis = figure.add_axes([(left + column * (PANEL + GAP)) / width,
                                     (GAP + (len(largest) - 1 - row) * (PANEL + GAP)) / height,
                                     PANEL / width, PANEL / height])
             show(axis, pictures[row:row + 1],
                  *(("gray", 1.0) if column == 1 else ("inferno", limit)))
+            if column == 0:
+                axis.set_ylabel(names[row], fontsize=14)
     for column, words in enumerate(("image $x_t$", "mask $M_t$", "anomaly map")):
-        figure.text((GAP + column * (PANEL + GAP) + PANEL / 2) / width, 1 - 65 / height, words,
+        figure.text((left + column * (PANEL + GAP) + PANEL / 2) / width, 1 - 65 / height, words,
                     ha="center", va="center", fontsize=14)
     figure.text(0.5, 1 - 26 / height, title, ha="center", va="center", fontsize=16)
     file = io.BytesIO()
