@@ -163,7 +163,7 @@ class Run:
 
 
 def new_run(folder: Path, s: Settings, data: RunData | None, model: Method) -> Run:
-    """A training at step 0: AdamW (section 4.3), and an averaged model where the settings say so.
+    """A training at step 0, with an averaged model where the settings say so.
 
     Of several ranks on GPUs, each with a part of the batch, BatchNorm sees the whole one.
     """

@@ -73,12 +73,12 @@ class Settings:
     init: str = setting("default", "initial weights: torch's, or weights that return the input",
                         "training", ("default", "identity"))
     lr: float = setting(1e-5, "learning rate", "training", low=0)
-    muon: bool = setting(False, "Muon for convolutions, AdamW for the rest", "training")
+    muon: bool = setting(False, "Muon, at 3 x --lr, for convolutions; AdamW else", "training")
     lr_schedule: str = setting("step", "step: x0.1 after --lr-drop epochs; cosine: to 0 at the end",
                                "training", ("step", "cosine"))
     lr_drop: int = setting(800, "epoch after which the step schedule drops", "training")
     warmup: int = setting(0, "steps of linear warm-up", "training", low=0)
-    weight_decay: float = setting(0.01, "weight decay of AdamW", "training", low=0)
+    weight_decay: float = setting(0.01, "weight decay", "training", low=0)
     clip: float = setting(0.0, "largest norm of the gradient; 0 for no clipping", "training", low=0)
     ema: float = setting(0.0, "decay of the moving average of the weights, which is the model that "
                          "is scored; 0 for no average", "training", low=0, high=1)
@@ -158,7 +158,7 @@ def command_line() -> argparse.ArgumentParser:
         description="Train and score TransFusion or another method.",
         argument_default=argparse.SUPPRESS,
         epilog=f"presets, where they differ from these defaults (another method's: from "
-               f"TransFusion's preset of the same name):\n{table}",
+               f"TransFusion's of this name without grow, anomalous and muon):\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("run", "machine", "training", "method", "scoring", "other methods"):
         group = parser.add_argument_group(name)
