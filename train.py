@@ -81,12 +81,12 @@ def train_steps(run: Run, stop: StopRequest, bar, eval_every: int = 0) -> None:
     start = perf_counter() - run.seconds
     while run.step < run.total_steps:
         model.stage, stage_step, stage_steps = find_stage(model.STAGES, run.step, run.total_steps)
-        if run.running_mean.get("stage") != model.stage:
-            run.running_mean = {"stage": model.stage}       # a stage has losses of its own
+        side = image_side(s, run.step, run.total_steps)
+        if [run.running_mean.get(key) for key in ("stage", "side")] != [model.stage, side]:
+            run.running_mean = {"stage": model.stage, "side": side}     # each with its own losses
         rate = learning_rate(s, stage_step, stage_steps, run.steps_per_epoch, run.rollbacks)
         run.optimizer.param_groups[0]["lr"] = rate
-        batch = make_batch(s, run.data, model.last_step, run.step, device, run.rollbacks,
-                           image_side(s, run.step, run.total_steps))
+        batch = make_batch(s, run.data, model.last_step, run.step, device, run.rollbacks, side)
         torch.manual_seed((s.seed * 1_000_003 + run.step * ranks.COUNT + ranks.RANK) % 2 ** 63)
         losses = network(*batch, drop=s.drop_loss)          # TransFusion.losses: Eq. 2-9
         run.optimizer.zero_grad()

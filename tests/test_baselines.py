@@ -538,7 +538,7 @@ def test_the_usual_losses_of_a_stage_are_no_measure_for_another_one(parts, monke
 
     monkeypatch.setattr(runs.Run, "record", stop)
     assert train.main([*argv, "24", "--resume"]) == 130
-    assert seen == [{"stage": 1}]
+    assert seen == [{"stage": 1, "side": 32}]
 
 
 @pytest.mark.picture

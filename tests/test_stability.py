@@ -120,9 +120,22 @@ def test_a_slow_change_is_no_divergence(tmp_path):
         assert count(run, 1, loss=0.1 * 1.0046 ** step, gradient=1.0046 ** step) == 0
 
 
+def test_the_usual_losses_of_small_images_are_no_measure_for_larger_ones(parts, monkeypatch):
+    """On fabric, the first losses at 96 px are twenty times those at 56 px, and soon fall."""
+    record, seen = Run.record, []
+
+    def watched(run, losses):
+        seen.append((run.step, run.running_mean["side"], run.running_mean.get("steps", 0)))
+        record(run, losses)
+
+    monkeypatch.setattr(Run, "record", watched)
+    assert train.main(argv_for(parts, "--grow", "0.5:0.5", "--steps", "4")) == 0
+    assert seen == [(0, 16, 0), (1, 16, 1), (2, 32, 0), (3, 32, 1)]
+
+
 # ---------------------------------------------------------------- a step that is not finite
 
-STEADY = ["--lr-schedule", "step", "--warmup", "0", "--checkpoint-every", "3"]
+STEADY = ["--lr-schedule", "step", "--warmup", "0", "--checkpoint-every", "3", "--grow", ""]
 
 
 @pytest.fixture
@@ -257,7 +270,7 @@ def test_a_divergence_returns_to_the_checkpoint_and_ends_well(parts, diverges, c
 
 
 def test_bit_identical_when_resumed_after_a_divergence(parts, diverges, monkeypatch):
-    argv = argv_for(parts, "--steps", "16", "--checkpoint-every", "3")
+    argv = argv_for(parts, "--steps", "16", "--checkpoint-every", "3", "--grow", "")
     diverges(1)
     assert train.main([*argv, "--name", "whole"]) == 0
     score_epoch = train.score_epoch
@@ -279,7 +292,8 @@ def test_bit_identical_when_resumed_after_a_divergence(parts, diverges, monkeypa
 
 def test_three_returns_and_then_the_error(parts, diverges, capsys):
     diverges(9)
-    argv = argv_for(parts, "--steps", "16", "--checkpoint-every", "3", "--name", "sick")
+    argv = argv_for(parts, "--steps", "16", "--checkpoint-every", "3", "--name", "sick",
+                    "--grow", "")
     refused(capsys, argv, "the training diverged at step 13", "after 3 returns to a checkpoint",
             "to 1/8 of the learning rate", "another --name", "with a lower --lr than 0.001")
     state = checkpoint(parts, "sick")
