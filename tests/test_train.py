@@ -114,7 +114,8 @@ def same_training(a, b) -> None:
     one, other = (torch.load(run / "last.pt", weights_only=True) for run in (a, b))
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][k], other[part][k]) for k in one[part]), part
-    assert all(map(torch.equal, moments_of(one["optimizer"]), moments_of(other["optimizer"])))
+    moments, others = (moments_of(state["optimizer"]) for state in (one, other))
+    assert len(moments) == len(others) > 0 and all(map(torch.equal, moments, others))
     assert (a / "scores.csv").read_bytes() == (b / "scores.csv").read_bytes()
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(run / "log.csv")]
             for run in (a, b)]
