@@ -171,7 +171,7 @@ def learning_rate(s: Settings, step: int, steps: int, per_epoch: int, rollbacks:
 def advice_after_divergence(s: Settings) -> str:
     """What to change where a training diverges again and again: only what is not set already."""
     changes = [f"a lower --lr than {s.lr:g}", "--clip 1" if not s.clip else "",
-               "--attention-norm" if not s.attention_norm else "",
+               "--attention-norm" if not s.attention_norm else "", "--no-muon" if s.muon else "",
                "--precision float32" if s.precision == "bf16" else ""]
     return (f"the last of them to 1/{2 ** MAX_ROLLBACKS} of the learning rate; start again under "
             f"another --name, with {' or '.join(filter(None, changes))}")

@@ -42,7 +42,7 @@ from transfusion import Block, Resample, Restoration, ResUNet, Step, TransFusion
 # The run that a notebook trains if there is none: a minute or two on two cores.
 SMALL = ["--category", "fabric", "--resize", "64", "--crop", "64", "--batch", "8",
          "--steps", "300", "--name", "notebook"]
-METHODS = ("draem", "anoddpm", "diffad", "d3ad")        # whose runs are compared with ours
+METHODS = ("draem", "anoddpm", "diffad", "d3ad", "patchcore")      # that are compared with ours
 
 
 @dataclass

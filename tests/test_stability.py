@@ -303,6 +303,7 @@ def test_three_returns_and_then_the_error(parts, diverges, capsys):
 @pytest.mark.parametrize("changes, advice", [
     ({}, "a lower --lr than 1e-05 or --clip 1 or --attention-norm"),
     (dict(clip=1.0, attention_norm=True), "a lower --lr than 1e-05"),
+    (dict(clip=1.0, attention_norm=True, muon=True), "a lower --lr than 1e-05 or --no-muon"),
     (dict(precision="bf16", clip=1.0), "1e-05 or --attention-norm or --precision float32")])
 def test_the_error_names_only_what_is_not_set(changes, advice, tmp_path, monkeypatch):
     def diverge(run, *_):
