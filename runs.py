@@ -24,7 +24,7 @@ from support.optimizer import MuonAdamW, new_optimizer
 from support.weights import load_torch, load_weights
 from transfusion import Method
 
-FORMAT = 4                                          # version of the checkpoint's layout
+FORMAT = 5                                          # version of the checkpoint's layout
 
 # A step is an outlier where its loss or gradient norm is more than OUTLIER_FACTOR times the running
 # mean over about WINDOW steps. The counter rises with each outlier and falls with each other step.

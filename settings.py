@@ -66,6 +66,8 @@ class Settings:
     channels: int = setting(64, "channels of the network at full resolution", "training")
     attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
                                    "the paper nor the authors' code has", "training")
+    time_after_norm: bool = setting(False, "in a residual block, add the embedding of t behind the "
+                                    "GroupNorm, which can cancel it, not before", "training")
     batch: int = setting(8, "images a step", "training", low=2)
     anomalous: float = setting(0.5, "anomalous share of a batch", "training", low=0.01, high=1)
     epochs: int = setting(1500, "passes over the training images", "training", low=1)
@@ -123,15 +125,17 @@ class Settings:
 
 SHORT_TRAINING = dict(grow="0.6:0.6", anomalous=0.75, attention_norm=True, init="identity",
                       clip=1.0, lr_schedule="cosine", muon=True, precision="auto", hold_out=0.1)
+SMALL_NETWORK = SHORT_TRAINING | dict(channels=16, time_after_norm=True, lr=1e-3,
+                                      checkpoint_every=200)
 PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
     "fast": SHORT_TRAINING | dict(steps=6000, lr=1e-4, warmup=100, ema=0.995, infer_steps=5),
-    "cpu": SHORT_TRAINING | dict(resize=96, crop=96, channels=16, steps=3300, lr=1e-3, warmup=100,
-                                 ema=0.995, checkpoint_every=200, infer_steps=3),
-    "quick": SHORT_TRAINING | dict(resize=80, crop=80, channels=16, batch=4, steps=1200, lr=1e-3,
-                                   warmup=50, ema=0.99, checkpoint_every=200, rotation=10.0),
+    "cpu": SMALL_NETWORK | dict(resize=96, crop=96, steps=4800, warmup=100, ema=0.995,
+                                infer_steps=3),
+    "quick": SMALL_NETWORK | dict(resize=80, crop=80, batch=4, steps=1200, warmup=50, ema=0.99,
+                                  rotation=10.0),
 }
 LENGTH = {"steps", "epochs"}
 
@@ -158,7 +162,7 @@ def command_line() -> argparse.ArgumentParser:
         description="Train and score TransFusion or another method.",
         argument_default=argparse.SUPPRESS,
         epilog=f"presets, where they differ from these defaults (another method's: from "
-               f"TransFusion's of this name without grow, anomalous and muon):\n{table}",
+               f"TransFusion's of this name without {', '.join(OURS_ALONE)}):\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("run", "machine", "training", "method", "scoring", "other methods"):
         group = parser.add_argument_group(name)

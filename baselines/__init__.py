@@ -33,7 +33,8 @@ def transfusion(s) -> TransFusion:
         return TransFusion(s.channels, s.T, s.schedule, s.pe, guide=s.sim_mask,
                            authors_schedule=s.authors_schedule, anomaly_target=s.anomaly_target,
                            soft_consistency=s.soft_consistency, bf16=s.precision == "bf16",
-                           attention_norm=s.attention_norm, recompute=s.recompute, side=s.crop)
+                           attention_norm=s.attention_norm, time_after_norm=s.time_after_norm,
+                           recompute=s.recompute, side=s.crop)
     except ValueError as error:
         raise InputError(f"--T {s.T}: {error}")
 
@@ -44,10 +45,10 @@ METHODS = {"transfusion": Entry(transfusion),
                ("patchcore", PatchCore))}}
 
 # Flags outside the group "method" that another method accepts only if its USES names them.
-OPTIONAL_FLAGS = {"attention_norm", "anomalous", "grow", "init", "recompute", "compile",
-                  "infer_steps", "lam", "final_mask"}
+OPTIONAL_FLAGS = {"attention_norm", "time_after_norm", "anomalous", "grow", "init", "recompute",
+                  "compile", "infer_steps", "lam", "final_mask"}
 # What other methods do not take over from TransFusion's presets.
-OURS_ALONE = {"grow": "", "anomalous": 0.5, "muon": False}
+OURS_ALONE = {"grow": "", "anomalous": 0.5, "muon": False, "time_after_norm": False}
 # Flags of the group "training" that a method without training accepts.
 DATA_FLAGS = {"resize", "crop", "foreground", "hold_out"}
 

@@ -162,11 +162,12 @@ def test_an_older_checkpoint_loads_as_what_it_was(parts, capsys):
     for flags in ([], ["--resume"]):
         refused(capsys, [*argv, *flags], "was begun by an earlier version, which alone can "
                 "continue it", "--name")
-    del state["settings"]["attention_norm"]
+    del state["settings"]["attention_norm"], state["settings"]["time_after_norm"]
     state["settings"]["attention_lr"] = 0.1
     del state["normal"], state["calibrated"]
     torch.save({**state, "format": 1}, path)
     model, s, converted = runs.load_model(path, torch.device("cpu"))
+    assert not s.time_after_norm
     assert not s.attention_norm and isinstance(model.net.middle.attn.norm, torch.nn.Identity)
     assert not converted["calibration"] and not converted["user_calibration"]
     refused(capsys, [*argv, "--resume"], "was begun by an earlier version", "--name")

@@ -67,9 +67,10 @@ def test_the_fast_preset_is_the_papers_network_and_size_trained_as_the_cpu_prese
 def test_other_methods_keep_batches_of_one_size_half_of_them_anomalous_and_adamw():
     ours, theirs = (parse(["--preset", "quick", "--method", method])[0]
                     for method in ("transfusion", "draem"))
-    assert (ours.grow, ours.anomalous, ours.muon) == ("0.6:0.6", 0.75, True)
-    assert (theirs.grow, theirs.anomalous, theirs.muon) == ("", 0.5, False)
-    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"]):
+    alone = ("grow", "anomalous", "muon", "time_after_norm")
+    assert [getattr(ours, name) for name in alone] == ["0.6:0.6", 0.75, True, True]
+    assert [getattr(theirs, name) for name in alone] == ["", 0.5, False, False]
+    for flags in (["--grow", "0.5:0.5"], ["--anomalous", "0.75"], ["--time-after-norm"]):
         with pytest.raises(InputError, match="means nothing to --method draem"):
             parse(["--method", "draem", *flags])
     assert parse(["--method", "draem", "--muon"])[0].muon           # may be tried with any method

@@ -418,6 +418,14 @@ def test_heads_are_float32_and_batches_do_not_mix(bf16):
         assert torch.allclose(a[1:2], b, atol=0.05 if bf16 else 1e-4)
 
 
+@pytest.mark.parametrize("after_norm, acts", [(False, False), (True, True)])
+def test_a_norm_of_single_channels_cancels_the_time_embedding_that_comes_before(after_norm, acts):
+    torch.manual_seed(0)
+    block = TransFusion(16, time_after_norm=after_norm).net.down[0].res
+    x, (time, other) = torch.randn(1, 16, 16, 16), torch.randn(2, 1, 64)
+    assert torch.allclose(block(x, time), block(x, other), atol=1e-4) != acts
+
+
 def test_identity_initialisation_returns_the_input():
     model = tiny()
     model.net.start_from_identity()
