@@ -1,7 +1,4 @@
-"""A run: a training at one of its steps, and the folder that keeps it.
-
-`Run` holds all that a checkpoint keeps. A checkpoint rebuilds its model by itself.
-"""
+"""A run: a training at one of its steps, and the folder that keeps it."""
 import dataclasses
 import math
 from dataclasses import dataclass, field

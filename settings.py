@@ -1,7 +1,6 @@
 """The settings of a run: one dataclass whose fields are the flags, the presets, the command line.
 
-The defaults are the paper's (3.4, 4.3) where it names a value; a preset changes some of them, and a
-flag any.
+The defaults are the paper's (3.4, 4.3) where it names a value. Presets and flags change them.
 """
 import argparse
 import dataclasses
@@ -15,7 +14,7 @@ import torch
 from baselines import METHODS, OURS_ALONE, accepts_flag
 from support.console import InputError
 from support.devices import fast_bf16, pick_device
-from support.flags import Moved, add_flags, flag_of
+from support.flags import add_flags, flag_of
 from support.layouts import FOLDERS, clean_data
 
 
@@ -66,8 +65,7 @@ class Settings:
     channels: int = setting(64, "channels of the network at full resolution", "training")
     attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
                                    "the paper nor the authors' code has", "training")
-    time_after_norm: bool = setting(False, "in a residual block, add the embedding of t behind the "
-                                    "GroupNorm, which can cancel it, not before", "training")
+    time_after_norm: bool = setting(False, "add t behind a block's GroupNorm", "training")
     batch: int = setting(8, "images a step", "training", low=2)
     anomalous: float = setting(0.5, "anomalous share of a batch", "training", low=0.01, high=1)
     epochs: int = setting(1500, "passes over the training images", "training", low=1)
@@ -124,18 +122,17 @@ class Settings:
 
 
 SHORT_TRAINING = dict(grow="0.6:0.6", anomalous=0.75, attention_norm=True, init="identity",
-                      clip=1.0, lr_schedule="cosine", muon=True, precision="auto", hold_out=0.1)
-SMALL_NETWORK = SHORT_TRAINING | dict(channels=16, time_after_norm=True, lr=1e-3,
-                                      checkpoint_every=200)
+                      muon=True, warmup=100, lr_schedule="cosine", clip=1.0, ema=0.995,
+                      precision="auto", hold_out=0.1)
+SMALL = SHORT_TRAINING | dict(channels=16, time_after_norm=True, lr=1e-3, checkpoint_every=200)
 PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
-    "fast": SHORT_TRAINING | dict(steps=6000, lr=1e-4, warmup=100, ema=0.995, infer_steps=5),
-    "cpu": SMALL_NETWORK | dict(resize=96, crop=96, steps=4800, warmup=100, ema=0.995,
-                                infer_steps=3),
-    "quick": SMALL_NETWORK | dict(resize=80, crop=80, batch=4, steps=1200, warmup=50, ema=0.99,
-                                  rotation=10.0),
+    "fast": SHORT_TRAINING | dict(steps=6000, lr=1e-4, infer_steps=5),
+    "cpu": SMALL | dict(resize=96, crop=96, steps=4800, infer_steps=3),
+    "quick": SMALL | dict(resize=80, crop=80, rotation=10.0, batch=4, steps=1200, warmup=50,
+                          ema=0.99),
 }
 LENGTH = {"steps", "epochs"}
 
@@ -176,9 +173,6 @@ def command_line() -> argparse.ArgumentParser:
     action.add_argument("--resume", action="store_true", default=False,
                         help="continue the run from its last checkpoint, with the settings of its "
                         "folder")
-    for flag, command in (("--eval", "python evaluate.py RUN_FOLDER [--infer-steps K ...]"),
-                          ("--weights", "python tools/import_authors.py FILE RUN_FOLDER")):
-        action.add_argument(flag, action=Moved, nargs="?", const=command, help=argparse.SUPPRESS)
     return parser
 
 

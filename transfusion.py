@@ -118,8 +118,8 @@ class TimeEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """GroupNorm - SiLU - conv twice, the time embedding added in between, and a shortcut.
 
-    The embedding is a constant for each channel. The authors add it before the second norm, which
-    cancels it where a group is one channel; time_after_norm: add it behind the norm.
+    The embedding is one constant per channel, which the second norm cancels where each channel is a
+    group. time_after_norm: add it behind that norm; the authors add it before.
     """
     time_after_norm = False
 
@@ -214,14 +214,12 @@ class ResUNet(nn.Module):
 
     channels: a multiple of 8. pe: a key of PE_CHANNELS; guide: whether the network sees the
     previous mask estimate (Table 4's ablations take either out of it). attention_norm: see
-    Attention. time_after_norm: see ResidualBlock. recompute: in training, keep only the blocks'
-    inputs and recompute the rest in the backward pass, which needs less memory and a third more
-    time. side: see positional_encoding.
+    Attention. recompute: in training, keep only the blocks' inputs and recompute the rest in the
+    backward pass, which needs less memory and a third more time. side: see positional_encoding.
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
-                 attention_norm: bool = False, time_after_norm: bool = False,
-                 recompute: bool = False, side: int = 0):
+                 attention_norm: bool = False, recompute: bool = False, side: int = 0):
         super().__init__()
         self.pe, self.guide, self.recompute, self.side = pe, guide, recompute, side
         widths = [channels, 2 * channels, 4 * channels, 8 * channels]
@@ -255,9 +253,6 @@ class ResUNet(nn.Module):
         self.anomaly_head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), conv(3))
         self.normal_head = conv(3)
         self.mask_head = nn.Sequential(nn.BatchNorm2d(c), nn.SiLU(), conv(1))
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                module.time_after_norm = time_after_norm
 
     def output_of(self, layer: nn.Module, h: Tensor, time: Tensor) -> Tensor:
         if self.recompute and self.training:
@@ -432,8 +427,8 @@ class TransFusion(Method):
     restoration starts one step late, as the authors' code does. anomaly_target: what the anomaly
     head predicts, "eps" (Eq. 7) or "beta_eps", beta_t * eps. soft_consistency: Eq. 8 uses the
     predicted M_t with its gradient; if false, M_t > 0.5. bf16: run the network, not the losses,
-    under bfloat16 autocast. attention_norm, time_after_norm, recompute, side: see ResUNet.
-    Buffer `beta`: [last step + 1] float32.
+    under bfloat16 autocast. time_after_norm: see ResidualBlock. attention_norm, recompute, side:
+    see ResUNet. Buffer `beta`: [last step + 1] float32.
     """
 
     def __init__(self, channels: int = 64, T: int = 20, schedule: str = "linear", pe: str = "2d",
@@ -441,7 +436,10 @@ class TransFusion(Method):
                  soft_consistency: bool = True, bf16: bool = False, attention_norm: bool = False,
                  time_after_norm: bool = False, recompute: bool = False, side: int = 0):
         super().__init__()
-        self.net = ResUNet(channels, pe, guide, attention_norm, time_after_norm, recompute, side)
+        self.net = ResUNet(channels, pe, guide, attention_norm, recompute, side)
+        for module in self.net.modules():
+            if isinstance(module, ResidualBlock):
+                module.time_after_norm = time_after_norm
         self.bf16 = bf16
         self.register_buffer("beta", transparency_schedule(T, schedule, authors_schedule), False)
         self.authors_schedule, self.anomaly_target = authors_schedule, anomaly_target

@@ -2,8 +2,6 @@
 import argparse
 import dataclasses
 
-from support.console import InputError
-
 
 def flag_of(name: str) -> str:
     """The flag of a field, such as --eval-batch for eval_batch."""
@@ -32,10 +30,3 @@ def wrong_types(fields: list[dataclasses.Field], values: dict) -> list[str]:
     types = {f.name: f.type for f in fields}
     return [f"{name} {value!r}" for name, value in values.items() if type(value) is not types[name]
             and not (types[name] is float and type(value) is int)]
-
-
-class Moved(argparse.Action):
-    """A flag of an earlier version. Raises InputError, which names the command that replaces it."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        raise InputError(f"{option_string} is now a command of its own: {self.const}")

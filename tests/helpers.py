@@ -162,8 +162,7 @@ class ShallowUNet(ResUNet):
     """
 
     def __init__(self, channels: int = 64, pe: str = "2d", guide: bool = True,
-                 attention_norm: bool = False, time_after_norm: bool = False,
-                 recompute: bool = False, side: int = 0):
+                 attention_norm: bool = False, recompute: bool = False, side: int = 0):
         torch.nn.Module.__init__(self)
         self.pe, self.guide, self.recompute, self.side = pe, guide, recompute, side
         c, c_time = channels, 4 * channels
@@ -176,8 +175,6 @@ class ShallowUNet(ResUNet):
                                                 conv(c, 3))
         self.normal_head = conv(c, 3)
         self.mask_head = torch.nn.Sequential(torch.nn.BatchNorm2d(c), torch.nn.SiLU(), conv(c, 1))
-        for block in (self.middle.res, self.up[0].res):
-            block.time_after_norm = time_after_norm
 
 
 def conv(c_in: int, c_out: int) -> torch.nn.Conv2d:

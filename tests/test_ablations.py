@@ -39,7 +39,7 @@ def test_a_table_is_made_once(parts, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--seed", "1"], "--seed"), (["--eval"], "--eval"), (["--category", ""], "--category"),
+    (["--seed", "1"], "--seed"), (["--category", ""], "--category"),
     (["--category", "blot"], "bolt")])
 def test_mistakes_are_refused_before_the_first_training(parts, flags, expected, capsys):
     assert ablations.main(argv_for(parts, *flags)) == 2

@@ -102,14 +102,6 @@ def test_the_flags_that_were_typed_are_known_and_only_these():
     assert flags.typed == set() and flags.eval_every == 0 and not flags.resume
 
 
-@pytest.mark.parametrize("flag, command", [("--eval", "python evaluate.py RUN_FOLDER"),
-                                           ("--weights", "python tools/import_authors.py FILE")])
-def test_flags_that_became_commands_name_these(flag, command):
-    for words in ([flag], [flag, "x"], ["--category", "gear", flag, "--T", "5"]):
-        with pytest.raises(InputError, match=f"^{flag} is now a command of its own: {command}"):
-            parse(words)
-
-
 def test_help_shows_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
@@ -117,4 +109,3 @@ def test_help_shows_every_field(capsys):
     assert stop.value.code == 0
     for f in dataclasses.fields(Settings):
         assert "--" + f.name.replace("_", "-") in out
-    assert "--weights " not in out and "--eval " not in out            # commands of their own now

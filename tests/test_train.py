@@ -393,12 +393,6 @@ def test_the_learning_rate_of_the_paper():
     (["--data", "mvtec"], ["no mvtec data under", "mvtec-ad", "--root"]),
     (["--data", "nonsense"], ["neither a data set"]),
     (["--no-such-flag"], ["--no-such-flag"]),
-    (["--eval"], ["--eval is now", "python evaluate.py RUN_FOLDER"]),
-    (["--eval", "--infer-steps", "5"], ["--eval is now", "python evaluate.py RUN_FOLDER"]),
-    (["--weights", "nothing.pkl"], ["--weights is now",
-                                    "python tools/import_authors.py FILE RUN_FOLDER"]),
-    (["--weights"], ["--weights is now", "python tools/import_authors.py FILE RUN_FOLDER"]),
-    (["--eval", "--weights", "nothing.pkl"], ["--eval is now", "evaluate.py"]),
 ])
 def test_bad_arguments(parts, capsys, flags, expected):
     refused(capsys, argv_for(parts, *flags), *expected)
