@@ -66,10 +66,17 @@ def open_with_openvino(path: Path, exact: bool) -> tuple[dict[str, str], Callabl
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if exact:
         options["INFERENCE_PRECISION_HINT"] = "f32"
-    compiled = openvino.compile_model(model, "CPU", options)
+    compiled = {}               # by batch size: a fixed size is half again as fast as any size
 
     def run(photos: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: array.copy() for name, array in zip(OUTPUTS, compiled(photos).values())}
+        count = len(photos)
+        size = next((k for k in sorted(compiled) if count <= k < 2 * count), count)
+        if size not in compiled:
+            model.reshape([size, *photos.shape[1:]])
+            compiled[size] = openvino.compile_model(model, "CPU", options)
+        empty = np.zeros((size - count, *photos.shape[1:]), np.uint8)
+        outputs = compiled[size](np.concatenate([photos, empty]))
+        return {name: array[:count].copy() for name, array in zip(OUTPUTS, outputs.values())}
 
     return metadata, run
 

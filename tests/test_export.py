@@ -74,7 +74,7 @@ def test_the_whole_network_in_any_batch(tmp_path, changes):
     expected = predict.load(tmp_path, "cpu").inspect(list(images(5, 50)))
     for name in INSTALLED:
         model = predict.load(path, name)
-        for batch in (1, 5):
+        for batch in (1, 3, 5):                    # 3 leaves 2, which OpenVINO fills up
             model.batch = batch
             for ours, theirs in zip(expected, model.inspect(list(images(5, 50))), strict=True):
                 assert theirs.score == pytest.approx(ours.score, abs=1e-5) and theirs.verdict == ""
