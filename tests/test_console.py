@@ -3,6 +3,7 @@ status, signals, and the home folder."""
 import errno
 import importlib.util
 import io
+import json
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ import runs
 import train
 from helpers import argv_for, contents, refused, run_predict, write_photos
 from settings import parse
+from support import report
 from support.console import InputError, StopRequest, TolerantStream, exit_status, progress_bar
 from support.images import open_image
 from support.layouts import root_folder
@@ -236,3 +238,13 @@ def test_a_tilde_is_the_home_folder_in_every_command(factory, monkeypatch, capsy
     assert download.main(["visa", "--root=~/data"]) == 0
     assert capsys.readouterr().out == f"{factory / 'data'}\n"
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("metrics, named", [({"threshold": 0.1, "epoch": 301}, True),
+                                            ({"threshold": 0.1, "epoch": 300}, False),
+                                            ({"threshold": None, "epoch": 1500}, False), ({}, False)])
+def test_a_training_of_many_passes_asks_for_new_photos(tmp_path, capsys, metrics, named):
+    """The scores of its own photos are then too low for a threshold."""
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    report.print_next_steps([tmp_path], tmp_path)
+    assert ("trained on 301 times" in capsys.readouterr().out) == named
