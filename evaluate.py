@@ -193,7 +193,8 @@ def finish(run: Run) -> dict:
         results = write_results(run, run.folder / "metrics.json")
     else:
         results = {"data": run_data.category.data, "category": s.category, "seed": s.seed,
-                   "step": run.step, "threshold": scores and limit.value,
+                   "step": run.step, "epoch": math.ceil(run.step / run.steps_per_epoch),
+                   "threshold": scores and limit.value,
                    "synthetic_found": scores and metrics.synthetic_detection_rate(scores, limit)}
         save_json(run.folder / "metrics.json", results)
         print("  no test images: trained, but not scored")

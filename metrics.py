@@ -147,6 +147,7 @@ ODD = 4              # it sets no threshold, either
 FEWEST = 3           # held-out images: the median of fewer follows a single odd one
 CLEARLY = 0.1        # level of the rank test: held-out images score higher than the training's
 MEMORISED = 30       # training images: fewer promise no false alarm rate (docs/own_parts.md)
+MANY_PASSES = 300    # over the training images: their scores then say little of new ones (the same)
 
 
 def stand_out(scores: np.ndarray, times: float = ODD) -> np.ndarray:

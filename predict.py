@@ -67,7 +67,7 @@ with own_modules():
     from data import Images, Textures, foreground_masks, preprocess, scale, unscale
     from evaluate import (draw_restorations, final_maps, image_scores, network_calls, scores_of,
                           synthetic_defects)
-    from metrics import CalibrationScores, describe_threshold, odd_ones, threshold
+    from metrics import MANY_PASSES, CalibrationScores, describe_threshold, odd_ones, threshold
     from runs import load_checkpoint, load_model
     from settings import Settings, check, names_of, with_all_steps
     from support.console import InputError, StopRequest, exit_status, progress_bar
@@ -627,7 +627,8 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
 
     The photos serve as held-out images and replace those of an earlier call. The run's own held-out
     images are counted as training images, because a few photos alone would bound the false alarm
-    rate poorly. All images are scored with the run's own settings, even if flags change them.
+    rate poorly; after MANY_PASSES they are left out. All images are scored with the run's own
+    settings, even if flags change them.
     """
     if isinstance(model, OnnxInspector):
         raise InputError(f"--calibrate: {run} keeps its threshold; calibrate the run folder, then "
@@ -645,7 +646,8 @@ def calibrate(model: Inspector, run: Path, flags) -> Inspector:
     synthetic, _ = synthetic_defects(photos, indices, foreground, Textures(root, s.crop))
     calls, training = network_calls(model.model, s), []
     run_scores = state.get("calibration")                  # from the training
-    if run_scores and run_scores["infer_steps"] == calls:
+    passes = state["log"][-1]["epoch"] if state.get("log") else 0
+    if run_scores and run_scores["infer_steps"] == calls and passes <= MANY_PASSES:
         training = run_scores["held_out"] + run_scores["training"]
     scores = CalibrationScores(scores_of(model.model, s, photos, indices), training,
                                scores_of(model.model, s, synthetic, range(len(synthetic))), calls)

@@ -21,7 +21,7 @@ from support.optimizer import MuonAdamW, new_optimizer
 from support.weights import load_torch, load_weights
 from transfusion import Method
 
-FORMAT = 5                                          # version of the checkpoint's layout
+FORMAT = 5               # of checkpoints; from 5 on with time_after_norm, which older code ignores
 
 # A step is an outlier where its loss or gradient norm is more than OUTLIER_FACTOR times the running
 # mean over about WINDOW steps. The counter rises with each outlier and falls with each other step.

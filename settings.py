@@ -65,7 +65,7 @@ class Settings:
     channels: int = setting(64, "channels of the network at full resolution", "training")
     attention_norm: bool = setting(False, "a GroupNorm before each attention layer, which neither "
                                    "the paper nor the authors' code has", "training")
-    time_after_norm: bool = setting(False, "add t behind a block's GroupNorm", "training")
+    time_after_norm: bool = setting(False, "add t behind a block's second norm", "training")
     batch: int = setting(8, "images a step", "training", low=2)
     anomalous: float = setting(0.5, "anomalous share of a batch", "training", low=0.01, high=1)
     epochs: int = setting(1500, "passes over the training images", "training", low=1)
@@ -124,14 +124,14 @@ class Settings:
 SHORT_TRAINING = dict(grow="0.6:0.6", anomalous=0.75, attention_norm=True, init="identity",
                       muon=True, warmup=100, lr_schedule="cosine", clip=1.0, ema=0.995,
                       precision="auto", hold_out=0.1)
-SMALL = SHORT_TRAINING | dict(channels=16, time_after_norm=True, lr=1e-3, checkpoint_every=200)
+SMALL_NET = SHORT_TRAINING | dict(channels=16, time_after_norm=True, lr=1e-3, checkpoint_every=200)
 PRESETS = {
     "paper": {},
     "authors": dict(crop=256, rotation=20.0, authors_rotation=True, pe="row", authors_schedule=True,
                     anomaly_target="beta_eps", soft_consistency=False),
     "fast": SHORT_TRAINING | dict(steps=6000, lr=1e-4, infer_steps=5),
-    "cpu": SMALL | dict(resize=96, crop=96, steps=4800, infer_steps=3),
-    "quick": SMALL | dict(resize=80, crop=80, rotation=10.0, batch=4, steps=1200, warmup=50,
+    "cpu": SMALL_NET | dict(resize=96, crop=96, steps=4800, infer_steps=3),
+    "quick": SMALL_NET | dict(resize=80, crop=80, rotation=10.0, batch=4, steps=1200, warmup=50,
                           ema=0.99),
 }
 LENGTH = {"steps", "epochs"}
@@ -157,7 +157,7 @@ def command_line() -> argparse.ArgumentParser:
                                        or "the values above") for name, changes in table.items())
     parser = argparse.ArgumentParser(
         description="Train and score TransFusion or another method.",
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
         epilog=f"presets, where they differ from these defaults (another method's: from "
                f"TransFusion's of this name without {', '.join(OURS_ALONE)}):\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter)

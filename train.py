@@ -24,7 +24,7 @@ from baselines import METHODS
 from data import (RunData, find_categories, load_run_data, refuse_other_data, save_data_record,
                   scale)
 from evaluate import finish, network_calls, score_epoch
-from runs import (FORMAT, Diverged, Run, build_model, load_checkpoint, new_run,
+from runs import (Diverged, Run, build_model, load_checkpoint, new_run,
                   refuse_other_settings, resumed_settings, run_folder, saved_settings)
 from settings import Settings, check, growing_sides, parse
 from support import ranks
@@ -220,7 +220,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
                   f"scores it again)")
             return metrics
     unfinished = (folder / "last.pt").exists()
-    if unfinished and load_checkpoint(folder / "last.pt")[1]["format"] < FORMAT:
+    if unfinished and load_checkpoint(folder / "last.pt")[1]["format"] < 4:
         raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone can "
                          f"continue it; start again with --name")
     if unfinished and not flags.resume:

@@ -4,6 +4,7 @@ The two packages are imported here and nowhere else, and only when a file is loa
 """
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,28 +58,41 @@ def open_with_onnxruntime(path: Path, exact: bool) -> tuple[dict[str, str], Call
     return session.get_modelmeta().custom_metadata_map, run
 
 
-def open_with_openvino(path: Path, exact: bool) -> tuple[dict[str, str], Callable]:
+@cache
+def openvino_core():
+    """One for the whole process: graphs of several cores can end it when they are deleted."""
     import openvino
+    return openvino.Core()
+
+
+def open_with_openvino(path: Path, exact: bool) -> tuple[dict[str, str], Callable]:
     from openvino.frontend import FrontEndManager
-    frontend = FrontEndManager().load_by_framework("onnx")
-    model = frontend.convert(frontend.load(str(path)))
-    metadata = model.get_rt_info(["framework"]).value if "framework" in model.rt_info else {}
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if exact:
         options["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = {}               # by batch size: a fixed size is half again as fast as any size
 
+    def compile_for(size: int) -> dict[str, str]:
+        """Compile the file for batches of this size. Returns its metadata."""
+        frontend = FrontEndManager().load_by_framework("onnx")
+        model = frontend.convert(frontend.load(str(path)))
+        model.reshape([size, *list(model.input().partial_shape)[1:]])
+        compiled[size] = openvino_core().compile_model(model, "CPU", options)
+        return model.get_rt_info(["framework"]).value if "framework" in model.rt_info else {}
+
     def run(photos: np.ndarray) -> dict[str, np.ndarray]:
+        """Single photos have a graph of their own; others fill up the largest batch so far."""
         count = len(photos)
-        size = next((k for k in sorted(compiled) if count <= k < 2 * count), count)
+        size = 1 if count == 1 else max(count, *compiled)
         if size not in compiled:
-            model.reshape([size, *photos.shape[1:]])
-            compiled[size] = openvino.compile_model(model, "CPU", options)
+            for smaller in set(compiled) - {1}:
+                del compiled[smaller]
+            compile_for(size)
         empty = np.zeros((size - count, *photos.shape[1:]), np.uint8)
         outputs = compiled[size](np.concatenate([photos, empty]))
         return {name: array[:count].copy() for name, array in zip(OUTPUTS, outputs.values())}
 
-    return metadata, run
+    return compile_for(1), run
 
 
 RUNTIMES = {"onnxruntime": open_with_onnxruntime, "openvino": open_with_openvino}

@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import fmean
 
 from support.console import printable
+from metrics import MANY_PASSES
 from support.files import read_json, save_atomically
+from support.layouts import FOLDERS
 from support.pictures import MAX_ROWS
 
 COLUMNS = {"image_auroc": "image AUROC", "aupro": "AUPRO", "pixel_auroc": "pixel AUROC",
            "pixel_ap": "pixel AP", "false_alarm_rate": "false alarms",
            "detection_rate": "detected"}
-MANY_PASSES = 300       # over the training photos: measured, 533 doubled the false alarms (results/)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -43,11 +44,11 @@ def print_next_steps(folders: list[Path], data_root: Path) -> None:
     for folder in folders:
         if (folder / "odd.png").exists():
             print(f"open {folder / 'odd.png'}: photos of good parts whose scores stand out")
-        metrics = read_json(folder / "metrics.json")
-        if metrics.get("threshold") and metrics["epoch"] > MANY_PASSES:
-            print(f"each photo was trained on {metrics['epoch']} times, so new good photos may score "
-                  f"higher: set the threshold with 20 of them, python predict.py {folder} "
-                  f"--calibrate PHOTOS")
+    results = read_json(first / "metrics.json")
+    passes = results.get("epoch", 0) if results.get("threshold") else 0
+    if passes > MANY_PASSES and results["data"] not in FOLDERS:
+        print(f"each photo was trained on {passes} times, so new good photos may score higher: set "
+              f"the threshold with 20 of them, python predict.py {first} --calibrate PHOTOS")
     photos = os.path.relpath(test) if test.is_relative_to(Path.cwd()) else test
     print(f"next: python predict.py {first} {photos if test.is_dir() else 'PHOTOS'} --out found/")
 

@@ -240,11 +240,12 @@ def test_a_tilde_is_the_home_folder_in_every_command(factory, monkeypatch, capsy
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("metrics, named", [({"threshold": 0.1, "epoch": 301}, True),
-                                            ({"threshold": 0.1, "epoch": 300}, False),
-                                            ({"threshold": None, "epoch": 1500}, False), ({}, False)])
+@pytest.mark.parametrize("metrics, named", [
+    ({"threshold": 0.1, "epoch": 301}, True), ({"threshold": 0.1, "epoch": 300}, False),
+    ({"threshold": 0.1, "epoch": 301, "data": "demo"}, False),
+    ({"threshold": None, "epoch": 1500}, False), ({"threshold": 0.1}, False)])
 def test_a_training_of_many_passes_asks_for_new_photos(tmp_path, capsys, metrics, named):
     """The scores of its own photos are then too low for a threshold."""
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "metrics.json").write_text(json.dumps({"data": "parts", **metrics}))
     report.print_next_steps([tmp_path], tmp_path)
     assert ("trained on 301 times" in capsys.readouterr().out) == named

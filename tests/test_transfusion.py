@@ -1,4 +1,5 @@
 """Every equation against plain loops written from the paper; the network; the restoration."""
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import data
 import perlin
 import transfusion as tf
+from baselines import METHODS
 from helpers import AUTHORS, tiny
+from settings import parse
 from transfusion import TransFusion
 
 pytestmark = pytest.mark.network
@@ -424,6 +427,15 @@ def test_a_norm_of_single_channels_cancels_the_time_embedding_that_comes_before(
     block = TransFusion(16, time_after_norm=after_norm).net.down[0].res
     x, (time, other) = torch.randn(1, 16, 16, 16), torch.randn(2, 1, 64)
     assert torch.allclose(block(x, time), block(x, other), atol=1e-4) != acts
+
+
+@pytest.mark.parametrize("preset, after", [("quick", True), ("cpu", True), ("paper", False),
+                                           ("fast", False), ("authors", False)])
+def test_the_presets_of_16_channels_add_t_behind_the_norm(preset, after):
+    s, _ = parse(["--preset", preset])
+    model = METHODS["transfusion"].build(dataclasses.replace(s, channels=8))
+    blocks = [m for m in model.modules() if isinstance(m, tf.ResidualBlock)]
+    assert len(blocks) == 22 and {block.time_after_norm for block in blocks} == {after}
 
 
 def test_identity_initialisation_returns_the_input():

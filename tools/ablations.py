@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in (".", "not
 import tables
 from data import find_categories
 from evaluate import evaluate_run
-from runs import result_path, run_folder
+from runs import refuse_other_settings, result_path, run_folder, saved_settings
 from settings import Settings, names_of, parse
 from support.console import InputError, exit_status
 from support.files import read_json, save_csv
@@ -62,6 +62,8 @@ def train_and_score(argv: list[str], flag: str, seed: str) -> tuple[Settings, di
     """Settings and metrics of a condition, trained first unless that is done. Raises InputError."""
     name = "-".join(flag.strip("-").split()) or f"seed-{seed}"
     s, flags = parse([*argv, *flag.split(), "--seed", seed, "--name", name, "--resume"])
+    if saved_settings(run_folder(s)):                      # of an earlier version, perhaps
+        refuse_other_settings(run_folder(s), s, flags.typed)
     return s, train_category(s, flags)
 
 
