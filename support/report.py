@@ -44,7 +44,8 @@ def print_next_steps(folders: list[Path], data_root: Path) -> None:
     for folder in folders:
         if (folder / "odd.png").exists():
             print(f"open {folder / 'odd.png'}: photos of good parts whose scores stand out")
-    results = read_json(first / "metrics.json")
+    path = first / "metrics.json"
+    results = read_json(path) if path.exists() else {}
     passes = results.get("epoch", 0) if results.get("threshold") else 0
     if passes > MANY_PASSES and results["data"] not in FOLDERS:
         print(f"each photo was trained on {passes} times, so new good photos may score higher: set "
