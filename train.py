@@ -220,7 +220,7 @@ def train_category(s: Settings, flags: argparse.Namespace) -> dict:
                   f"scores it again)")
             return metrics
     unfinished = (folder / "last.pt").exists()
-    if unfinished and load_checkpoint(folder / "last.pt")[1]["format"] < 4:
+    if unfinished and load_checkpoint(folder / "last.pt")[1]["format"] < 4:      # another layout
         raise InputError(f"{folder / 'last.pt'} was begun by an earlier version, which alone can "
                          f"continue it; start again with --name")
     if unfinished and not flags.resume:
